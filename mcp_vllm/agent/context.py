@@ -1,0 +1,72 @@
+"""What the parts of an agent share: its configuration, store, sessions, metrics and codec pool."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from mcp_vllm.codec import Codec, get_codec
+from mcp_vllm.config import Config
+from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.session.manifest import SessionRegistry
+from mcp_vllm.store.ram import RamStore
+from mcp_vllm.telemetry.agent_metrics import AgentMetrics
+
+T = TypeVar("T")
+
+
+@dataclass
+class Activity:
+    """Whether engines are at work, so that encoding can wait until they are not."""
+
+    busy_requests: int = 0
+    idle_since_s: float = field(default_factory=time.monotonic)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def begin(self) -> None:
+        self.busy_requests += 1
+
+    def end(self) -> None:
+        self.busy_requests -= 1
+        if self.busy_requests == 0:
+            self.idle_since_s = time.monotonic()
+        self.changed.set()
+
+    def idle_for_s(self) -> float:
+        """Seconds since the last request of any engine ended; 0 while one is under way."""
+        return 0.0 if self.busy_requests else time.monotonic() - self.idle_since_s
+
+
+class AgentContext:
+    """Owned by the agent's event loop; only the pool's functions run elsewhere."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.agent_id = uuid.uuid4().hex[:12]
+        self.store = RamStore(config.agent.ram_bytes)
+        self.sessions = SessionRegistry(config.agent.max_sessions)
+        self.metrics = AgentMetrics()
+        self.activity = Activity()
+        self.fingerprints: dict[bytes, Fingerprint] = {}
+        self.codec: Codec = get_codec(config.codec.name, config.codec.level)
+        threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
+        self.codec_threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mcp-codec")
+
+    async def in_pool(self, function: Callable[..., T], *args: object) -> T:
+        """Run codec work or a large copy outside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def learn_fingerprint(self, fingerprint: Fingerprint) -> bytes:
+        """Remember an engine's fingerprint; returns its namespace."""
+        self.fingerprints[fingerprint.digest] = fingerprint
+        return fingerprint.digest
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,82 @@
+"""Turns raw chunks into frames when it costs nobody anything.
+
+A chunk is taken over raw, because a copy is cheap and an engine at work needs the cores. It is
+encoded when a peer asks for it, when the engines have been idle for a moment, or when the raw
+chunks fill their share of the budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.codec import Codec, encode_frame
+from mcp_vllm.store.ram import Chunk, ChunkKey
+
+IDLE_S = 0.05
+RAW_SHARE = 0.25
+
+
+class Encoder:
+    """One per agent; `frame` for those who need one now, `run` for the background."""
+
+    def __init__(self, context: AgentContext) -> None:
+        self._context = context
+        self._in_flight: dict[ChunkKey, asyncio.Task[bytes]] = {}
+        self._work = asyncio.Event()
+
+    def notify(self) -> None:
+        """Raw chunks were added to the store."""
+        self._work.set()
+
+    async def frame(self, name: ChunkKey, chunk: Chunk) -> bytes:
+        """The chunk's frame, encoded now if need be; two callers share one encoding."""
+        if chunk.frame is not None:
+            return chunk.frame
+        task = self._in_flight.get(name)
+        if task is None:
+            task = asyncio.create_task(self._encode(name, chunk))
+            self._in_flight[name] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(name, None))
+        return await asyncio.shield(task)
+
+    async def run(self) -> None:
+        """Encode in the background until cancelled."""
+        store = self._context.store
+        while True:
+            waiting = store.next_raw()
+            if waiting is None:
+                self._work.clear()
+                await self._work.wait()
+            elif self._may_encode():
+                await self.frame(*waiting)
+            else:
+                await self._wait_for_idle()
+
+    def _may_encode(self) -> bool:
+        size = self._context.store.size()
+        crowded = size.raw_held_bytes > RAW_SHARE * size.budget_bytes
+        return crowded or self._context.activity.idle_for_s() >= IDLE_S
+
+    async def _wait_for_idle(self) -> None:
+        activity = self._context.activity
+        activity.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(activity.changed.wait(), IDLE_S)
+
+    async def _encode(self, name: ChunkKey, chunk: Chunk) -> bytes:
+        context = self._context
+        frame = await context.in_pool(_encode, name, chunk, context.codec)
+        if chunk.frame is not None:
+            return chunk.frame
+        context.metrics.encoded_raw_bytes.inc(chunk.raw_bytes)
+        context.metrics.encoded_frame_bytes.inc(len(frame))
+        context.store.set_frame(name, chunk, frame)
+        return frame
+
+
+def _encode(name: ChunkKey, chunk: Chunk, codec: Codec) -> bytes:
+    raw = chunk.raw
+    assert raw is not None
+    return encode_frame(name.key, memoryview(raw), chunk.layout, codec)

@@ -1,0 +1,272 @@
+"""The agent's end of the link to one engine (protocol: `mcp_vllm.link.protocol`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.encoder import Encoder
+from mcp_vllm.agent.landing import LandingSlots
+from mcp_vllm.agent.load import LoadJob
+from mcp_vllm.agent.peer import Peer
+from mcp_vllm.agent.peers import Peers
+from mcp_vllm.errors import McpError
+from mcp_vllm.link import protocol
+from mcp_vllm.link.protocol import LENGTH, LinkError, group_index
+from mcp_vllm.link.shared_memory import MappedRows, map_rows, receive_with_fd, send_with_fd
+from mcp_vllm.link.spans import check_spans, gather
+from mcp_vllm.session.fingerprint import MAX_FIELDS, Fingerprint
+from mcp_vllm.session.manifest import SessionKey
+from mcp_vllm.store.ram import Chunk, ChunkKey
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_S = 5.0
+# The agent answers a lookup before the engine stops waiting for it.
+LOOKUP_SHARE = 0.8
+PEER_CREDENTIALS = struct.Struct("3i")
+
+
+@dataclass
+class _Request:
+    session: SessionKey | None
+    holders: dict[bytes, list[Peer]]
+
+
+def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
+    """Shake hands with a newly connected engine. Blocking, bounded; runs in a thread.
+
+    Raises:
+        McpError or OSError: it is no engine of ours; it has been told why where possible.
+    """
+    sock.settimeout(HANDSHAKE_S)
+    _check_same_user(sock)
+    body, fd = receive_with_fd(sock)
+    try:
+        hello = protocol.unpack_engine(body)
+        if not isinstance(hello, protocol.Hello) or fd is None:
+            raise LinkError("an engine must start with Hello and its host chunks")
+        try:
+            _check_hello(hello)
+            host = map_rows(fd, hello.num_chunks, hello.chunk_bytes, writable=False)
+        except (ValueError, McpError) as error:
+            send_with_fd(sock, protocol.pack(protocol.Refused(str(error))), None)
+            raise LinkError(f"engine {hello.engine_id} refused: {error}") from error
+    finally:
+        if fd is not None:
+            os.close(fd)
+    slot_bytes = max(group.raw_bytes for group in hello.groups)
+    slots = LandingSlots(slot_bytes, context.config.agent.landing_bytes)
+    welcome = protocol.Welcome(
+        agent_id=context.agent_id,
+        slot_bytes=slots.slot_bytes,
+        num_slots=slots.num_slots,
+        lookup_ms=context.config.agent.lookup_ms,
+        load_ms=context.config.agent.load_ms,
+    )
+    send_with_fd(sock, protocol.pack(welcome), slots.fd)
+    sock.setblocking(False)
+    return EnginePort(hello, host, slots)
+
+
+def _check_same_user(sock: socket.socket) -> None:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+    _, uid, _ = PEER_CREDENTIALS.unpack(raw)
+    if uid not in (os.getuid(), 0):
+        raise LinkError(f"a process of user {uid} is not served")
+
+
+def _check_hello(hello: protocol.Hello) -> None:
+    if hello.protocol != protocol.PROTOCOL_VERSION:
+        raise LinkError(
+            f"this agent speaks protocol {protocol.PROTOCOL_VERSION}, the engine "
+            f"{hello.protocol}: install the same mcp-vllm on both"
+        )
+    if not hello.groups or len(hello.fingerprint) > MAX_FIELDS:
+        raise LinkError("an engine needs at least one KV cache group and a sane fingerprint")
+    for group in hello.groups:
+        check_spans(group.spans, hello.chunk_bytes)
+        _ = group.codec_layout
+
+
+class EnginePort:
+    """One connected engine. Runs in the agent's event loop."""
+
+    def __init__(self, hello: protocol.Hello, host: MappedRows, slots: LandingSlots) -> None:
+        self.hello = hello
+        self._host = host
+        self._slots = slots
+        self._requests: dict[str, _Request] = {}
+        self._uncommitted: dict[int, list[tuple[ChunkKey, Chunk]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(
+        self, sock: socket.socket, context: AgentContext, peers: Peers, encoder: Encoder
+    ) -> None:
+        """Serve until the engine goes away or breaks the protocol."""
+        self._context, self._peers, self._encoder = context, peers, encoder
+        self._fingerprint = Fingerprint(self.hello.fingerprint)
+        self._namespace = context.learn_fingerprint(self._fingerprint)
+        reader, self._writer = await asyncio.open_connection(sock=sock)
+        context.metrics.engines.inc()
+        logger.info(
+            "engine %s (pid %d) connected: %d host chunks of %d bytes, namespace %s",
+            self.hello.engine_id,
+            self.hello.pid,
+            self.hello.num_chunks,
+            self.hello.chunk_bytes,
+            self._namespace.hex(),
+        )
+        try:
+            while True:
+                size = protocol.body_size(await reader.readexactly(LENGTH.size))
+                self._handle(protocol.unpack_engine(await reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            logger.info("engine %s disconnected", self.hello.engine_id)
+        except (McpError, ValueError, IndexError) as error:
+            logger.error("engine %s broke the protocol: %s", self.hello.engine_id, error)
+        finally:
+            context.metrics.engines.dec()
+            await self._close()
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _ in self._requests:
+            self._context.activity.end()
+        self._requests.clear()
+        self._writer.close()
+        self._host.close()
+        self._slots.close()
+
+    def _handle(self, message: protocol.EngineMessage) -> None:
+        match message:
+            case protocol.Prepare():
+                self._prepare(message)
+            case protocol.Lookup():
+                self._start(self._lookup(message))
+            case protocol.Load():
+                self._start(self._load(message))
+            case protocol.Release():
+                self._slots.release(message.slots)
+            case protocol.Store():
+                self._start(self._store(message))
+            case protocol.Commit():
+                self._commit(message.job_id)
+            case protocol.Discard():
+                self._uncommitted.pop(message.job_id, None)
+            case protocol.Finish():
+                self._finish(message)
+            case protocol.Hello():
+                raise LinkError("a second Hello")
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("engine %s: %r", self.hello.engine_id, error, exc_info=error)
+
+    async def _send(self, message: protocol.AgentMessage) -> None:
+        self._writer.write(protocol.pack(message))
+        await self._writer.drain()
+
+    def _prepare(self, message: protocol.Prepare) -> None:
+        session = message.session_id and SessionKey(message.tenant, message.session_id)
+        if message.request_id not in self._requests:
+            self._context.activity.begin()
+        self._requests[message.request_id] = _Request(session or None, {})
+
+    async def _lookup(self, message: protocol.Lookup) -> None:
+        context = self._context
+        with context.metrics.lookup_seconds.time():
+            present = bytearray(
+                ChunkKey(self._namespace, key) in context.store for key in message.keys
+            )
+            absent = [key for key, has in zip(message.keys, present, strict=True) if not has]
+            context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
+            if absent and len(self._peers):
+                deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
+                holders = await self._peers.locate(self._fingerprint, absent, deadline_s)
+                request = self._requests.get(message.request_id)
+                if request is not None:
+                    request.holders.update(holders)
+                    for index, key in enumerate(message.keys):
+                        present[index] |= key in holders
+                context.metrics.lookup_keys.labels("peer").inc(len(holders))
+                context.metrics.lookup_keys.labels("miss").inc(len(absent) - len(holders))
+            else:
+                context.metrics.lookup_keys.labels("miss").inc(len(absent))
+        await self._send(protocol.Found(message.lookup_id, bytes(present)))
+
+    async def _load(self, message: protocol.Load) -> None:
+        for key in message.keys:
+            _ = self.hello.groups[group_index(key)]
+        request = self._requests.get(message.request_id)
+        job = LoadJob(
+            context=self._context,
+            slots=self._slots,
+            namespace=self._namespace,
+            job_id=message.job_id,
+            keys=message.keys,
+            groups=self.hello.groups,
+            holders=dict(request.holders) if request else {},
+            send=self._send,
+        )
+        await job.run(self._context.config.agent.load_ms / 1000)
+        self._encoder.notify()
+
+    async def _store(self, message: protocol.Store) -> None:
+        new = [
+            (key, chunk_id)
+            for key, chunk_id in zip(message.keys, message.chunk_ids, strict=True)
+            if ChunkKey(self._namespace, key) not in self._context.store
+        ]
+        copied = await self._context.in_pool(self._copy_chunks, new)
+        self._uncommitted[message.job_id] = copied
+        await self._send(protocol.Stored(message.job_id, sum(c.raw_bytes for _, c in copied)))
+
+    def _copy_chunks(self, new: list[tuple[bytes, int]]) -> list[tuple[ChunkKey, Chunk]]:
+        """Runs in the pool: copy the pinned host chunks."""
+        copied = []
+        for key, chunk_id in new:
+            group = self.hello.groups[group_index(key)]
+            raw = np.empty(group.raw_bytes, dtype=np.uint8)
+            gather(self._host.rows[chunk_id], group.spans, raw)
+            raw.flags.writeable = False
+            chunk = Chunk(group.codec_layout, group.raw_bytes, raw=raw)
+            copied.append((ChunkKey(self._namespace, key), chunk))
+        return copied
+
+    def _commit(self, job_id: int) -> None:
+        chunks = self._uncommitted.pop(job_id, [])
+        for name, chunk in reversed(chunks):
+            self._context.store.put(name, chunk)
+            self._context.metrics.stored_chunks.inc()
+            self._context.metrics.stored_raw_bytes.inc(chunk.raw_bytes)
+        self._encoder.notify()
+
+    def _finish(self, message: protocol.Finish) -> None:
+        request = self._requests.pop(message.request_id, None)
+        if request is None:
+            return
+        self._context.activity.end()
+        names = (ChunkKey(self._namespace, key) for chain in message.chains for key in chain)
+        self._context.store.touch(names)
+        if request.session is not None and message.chains:
+            self._context.sessions.record_turn(
+                request.session, self._namespace, message.chains, message.num_tokens, time.time()
+            )

@@ -1,0 +1,175 @@
+"""The agent's HTTP server: blocks for peers, sessions and health for operators, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import msgspec
+from aiohttp import web
+
+from mcp_vllm import __version__
+from mcp_vllm.agent import wire
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.encoder import Encoder
+from mcp_vllm.agent.wire import WireError
+from mcp_vllm.session.manifest import Manifest, SessionKey
+from mcp_vllm.store.ram import ChunkKey
+
+logger = logging.getLogger(__name__)
+
+# Frames encoded ahead of the one being sent, so that encoding and sending overlap.
+ENCODE_AHEAD = 4
+
+
+class HttpApi:
+    """The routes. Owned by the agent's event loop."""
+
+    def __init__(self, context: AgentContext, encoder: Encoder) -> None:
+        self._context = context
+        self._encoder = encoder
+
+    def application(self) -> web.Application:
+        app = web.Application(
+            client_max_size=wire.MAX_REQUEST_BYTES, middlewares=[_refuse_malformed]
+        )
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/metrics", self._metrics),
+                web.get("/v1/hello", self._hello),
+                web.post("/v1/blocks/lookup", self._lookup),
+                web.post("/v1/blocks/fetch", self._fetch),
+                web.get("/v1/sessions", self._sessions),
+                web.get("/v1/sessions/{tenant}/{session_id}", self._session),
+            ]
+        )
+        return app
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        size = self._context.store.size()
+        return web.json_response(
+            {
+                "status": "ok",
+                "version": __version__,
+                "agent_id": self._context.agent_id,
+                "engines": int(self._context.metrics.engines._value.get()),
+                "chunks": size.num_chunks,
+                "raw_chunks_bytes": size.raw_held_bytes,
+                "held_bytes": size.held_bytes,
+                "budget_bytes": size.budget_bytes,
+            }
+        )
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        context, metrics = self._context, self._context.metrics
+        size = context.store.size()
+        metrics.chunks.set(size.num_chunks)
+        metrics.held_bytes.set(size.held_bytes)
+        metrics.evictions.set(context.store.evictions)
+        metrics.sessions.set(len(context.sessions))
+        return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
+
+    async def _hello(self, request: web.Request) -> web.Response:
+        hello = wire.PeerHello(wire.WIRE_VERSION, self._context.agent_id, self._fingerprints())
+        return _packed(hello)
+
+    async def _lookup(self, request: web.Request) -> web.Response:
+        asked = wire.decode(wire.LookupRequest, await request.read())
+        wire.check_keys(asked)
+        if asked.namespace not in self._context.fingerprints:
+            return _packed(wire.LookupReply(b"", self._fingerprints()))
+        store = self._context.store
+        present = bytes(ChunkKey(asked.namespace, key) in store for key in asked.keys)
+        return _packed(wire.LookupReply(present))
+
+    async def _fetch(self, request: web.Request) -> web.StreamResponse:
+        asked = wire.decode(wire.FetchRequest, await request.read())
+        wire.check_keys(asked)
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        await response.prepare(request)
+        names = [ChunkKey(asked.namespace, key) for key in asked.keys]
+        self._context.store.touch(names)
+        await self._send_frames(response, names)
+        await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0))
+        await response.write_eof()
+        return response
+
+    async def _send_frames(self, response: web.StreamResponse, names: Sequence[ChunkKey]) -> None:
+        ahead: list[tuple[int, asyncio.Task[bytes]]] = []
+        index = 0
+        try:
+            while index < len(names) or ahead:
+                while index < len(names) and len(ahead) < ENCODE_AHEAD:
+                    chunk = self._context.store.get(names[index])
+                    if chunk is not None:
+                        frame = self._encoder.frame(names[index], chunk)
+                        ahead.append((index, asyncio.create_task(frame)))
+                    index += 1
+                if ahead:
+                    position, task = ahead.pop(0)
+                    await self._send_frame(response, position, await task)
+        finally:
+            for _, task in ahead:
+                task.cancel()
+
+    async def _send_frame(
+        self, response: web.StreamResponse, index: int, frame: bytes
+    ) -> None:
+        head = wire.FRAME_HEAD.pack(index, len(frame))
+        await response.write(head)
+        await response.write(frame)
+        self._context.metrics.wire_sent_bytes.inc(len(head) + len(frame))
+        self._context.metrics.sent_chunks.inc()
+
+    async def _sessions(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {"sessions": [_summary(manifest) for manifest in self._context.sessions]}
+        )
+
+    async def _session(self, request: web.Request) -> web.Response:
+        key = SessionKey(request.match_info["tenant"], request.match_info["session_id"])
+        manifest = self._context.sessions.get(key)
+        if manifest is None:
+            raise web.HTTPNotFound(text="no such session\n")
+        return web.json_response(_summary(manifest) | self._holdings(manifest))
+
+    def _holdings(self, manifest: Manifest) -> dict[str, int]:
+        names = [ChunkKey(manifest.namespace, key) for chain in manifest.chains for key in chain]
+        held = [chunk for name in names if (chunk := self._context.store.get(name)) is not None]
+        return {
+            "held_chunks": len(held),
+            "raw_bytes": sum(chunk.raw_bytes for chunk in held),
+            "held_bytes": sum(chunk.held_bytes for chunk in held),
+        }
+
+    def _fingerprints(self) -> list[dict[str, str]]:
+        known = list(self._context.fingerprints.values())
+        return [dict(fingerprint.fields) for fingerprint in known[-wire.MAX_FINGERPRINTS :]]
+
+
+@web.middleware
+async def _refuse_malformed(request: web.Request, handler):  # type: ignore[no-untyped-def]
+    try:
+        return await handler(request)
+    except WireError as error:
+        status = 409 if error.cause == "version" else 400
+        return web.Response(status=status, text=f"{error}\n")
+
+
+def _packed(message: msgspec.Struct) -> web.Response:
+    return web.Response(body=wire.encode(message), content_type="application/msgpack")
+
+
+def _summary(manifest: Manifest) -> dict[str, object]:
+    return {
+        "tenant": manifest.key.tenant,
+        "session_id": manifest.key.session_id,
+        "namespace": manifest.namespace.hex(),
+        "num_tokens": manifest.num_tokens,
+        "num_chunks": manifest.num_chunks,
+        "turns": manifest.turns,
+        "created_s": manifest.created_s,
+        "last_used_s": manifest.last_used_s,
+    }

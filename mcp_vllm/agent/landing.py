@@ -1,0 +1,51 @@
+"""Landing slots: the shared buffer through which chunks enter one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+from collections import deque
+
+from mcp_vllm.link.shared_memory import create_memory, map_rows
+
+MIN_SLOTS = 4
+
+
+class LandingSlots:
+    """Slots of equal size in memory that only the agent may write.
+
+    A slot is taken by `acquire`, filled, named in a Landed message, and comes back by `release`.
+
+    Attributes:
+        fd: the memory's descriptor, to be passed read-only to the engine.
+    """
+
+    def __init__(self, slot_bytes: int, budget_bytes: int) -> None:
+        self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.num_slots = max(MIN_SLOTS, budget_bytes // self.slot_bytes)
+        self.fd = create_memory("mcp-landing", self.num_slots * self.slot_bytes)
+        self._mapped = map_rows(self.fd, self.num_slots, self.slot_bytes, writable=True)
+        self._free = deque(range(self.num_slots))
+        self._available = asyncio.Semaphore(self.num_slots)
+
+    async def acquire(self) -> int:
+        """A free slot; waits for one."""
+        await self._available.acquire()
+        return self._free.popleft()
+
+    def release(self, slots: list[int]) -> None:
+        """Give slots back. Raises ValueError for one that is not out."""
+        for slot in slots:
+            if not 0 <= slot < self.num_slots or slot in self._free:
+                raise ValueError(f"landing slot {slot} is not in use")
+            self._free.append(slot)
+            self._available.release()
+
+    def buffer(self, slot: int, size: int) -> memoryview:
+        """Writable view of the first `size` bytes of the slot."""
+        return memoryview(self._mapped.rows[slot])[:size]
+
+    def close(self) -> None:
+        self._mapped.close()
+        os.close(self.fd)

@@ -1,0 +1,198 @@
+"""Bringing one load's chunks into an engine: from our store, then from peers, before a deadline.
+
+Whatever fails is tried at the next holder; what is left at the end is reported as failed and the
+engine recomputes it. Frames are verified before they become visible to the engine or the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mcp_vllm.agent import wire
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.landing import LandingSlots
+from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.codec import CodecError, decode_frame_into
+from mcp_vllm.link.protocol import GroupLayout, Landed, Loaded, group_index
+from mcp_vllm.store.ram import Chunk, ChunkKey
+
+logger = logging.getLogger(__name__)
+
+Holders = Mapping[bytes, Sequence[Peer]]
+LOCAL = "agent"
+
+
+@dataclass
+class LoadJob:
+    """One load of an engine, from start to Loaded.
+
+    Args:
+        keys: what to bring.
+        groups: chunk layouts of the engine, by group index.
+        holders: peers that said they have a key.
+        send: sends a message to the engine.
+    """
+
+    context: AgentContext
+    slots: LandingSlots
+    namespace: bytes
+    job_id: int
+    keys: Sequence[bytes]
+    groups: Sequence[GroupLayout]
+    holders: Holders
+    send: Callable[[Landed | Loaded], Awaitable[None]]
+    _missing: set[int] = field(default_factory=set)
+    _causes: dict[str, None] = field(default_factory=dict)
+    _sources: dict[str, None] = field(default_factory=dict)
+    _raw_bytes: int = 0
+    _wire_bytes: int = 0
+    _asked: Peer | None = None
+
+    async def run(self, deadline_s: float) -> None:
+        """Do it; sends Loaded in the end, whatever happened."""
+        self._missing = set(range(len(self.keys)))
+        try:
+            async with asyncio.timeout(deadline_s):
+                with self.context.metrics.load_seconds.time():
+                    await self._from_store()
+                    await self._from_peers()
+        except TimeoutError:
+            self._causes["timeout"] = None
+            if self._asked is not None:
+                self._asked.note_failure("timeout", f"a load took longer than {deadline_s} s")
+        self._report()
+        await self.send(
+            Loaded(
+                self.job_id,
+                sorted(self._missing),
+                self._raw_bytes,
+                self._wire_bytes,
+                list(self._sources),
+                list(self._causes),
+            )
+        )
+
+    async def _from_store(self) -> None:
+        names = [self._name(index) for index in sorted(self._missing)]
+        self.context.store.touch(names)
+        async with asyncio.TaskGroup() as tasks:
+            for index, name in enumerate(names):
+                chunk = self.context.store.get(name)
+                if chunk is not None:
+                    tasks.create_task(self._land_stored(index, chunk))
+
+    async def _from_peers(self) -> None:
+        tried: set[Peer] = set()
+        while self._missing:
+            peer = self._next_peer(tried)
+            if peer is None:
+                self._causes.setdefault("gone")
+                return
+            tried.add(peer)
+            wanted = [i for i in sorted(self._missing) if peer in self._holders_of(i)]
+            self._asked = peer
+            await self._fetch(peer, wanted)
+            self._asked = None
+
+    def _next_peer(self, tried: set[Peer]) -> Peer | None:
+        """The untried peer that holds most of what is missing."""
+        counts: dict[Peer, int] = {}
+        for index in self._missing:
+            for peer in self._holders_of(index):
+                if peer not in tried:
+                    counts[peer] = counts.get(peer, 0) + 1
+        return max(counts, key=lambda peer: counts[peer], default=None)
+
+    async def _fetch(self, peer: Peer, wanted: Sequence[int]) -> None:
+        keys = [self.keys[index] for index in wanted]
+        bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in wanted]
+        # Decoding keeps up with the stream or slows it down: never more frames than this at once.
+        room = asyncio.Semaphore(2 * self.context.codec_threads + 2)
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                async for position, frame in peer.fetch(self.namespace, keys, bounds):
+                    await room.acquire()
+                    task = tasks.create_task(self._land_fetched(peer, wanted[position], frame))
+                    task.add_done_callback(lambda _: room.release())
+            except PeerFailure as failure:
+                # What came before the failure is whole and lands.
+                self._causes[failure.cause] = None
+
+    async def _land_fetched(self, peer: Peer, index: int, frame: bytes) -> None:
+        group = self._group(index)
+        self._wire_bytes += len(frame)
+        try:
+            await self._land(index, lambda out: _decode(frame, out, self.keys[index]))
+        except CodecError as error:
+            self._causes["checksum"] = None
+            peer.note_failure("checksum", str(error))
+            return
+        self._sources[peer.name] = None
+        self.context.metrics.loaded_chunks.labels("peer").inc()
+        chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame)
+        self.context.store.put(self._name(index), chunk)
+
+    async def _land_stored(self, index: int, chunk: Chunk) -> None:
+        try:
+            await self._land(index, lambda out: _restore(chunk, out, self.keys[index]))
+        except CodecError as error:
+            self._causes["checksum"] = None
+            logger.warning("a stored chunk is damaged and was dropped: %s", error)
+            self.context.store.discard(self._name(index))
+            return
+        self._sources[LOCAL] = None
+        self.context.metrics.loaded_chunks.labels("store").inc()
+
+    async def _land(self, index: int, fill: Callable[[memoryview], None]) -> None:
+        """Fill a slot and hand it to the engine. Raises CodecError; the slot is free again then."""
+        size = self._group(index).raw_bytes
+        slot = await self.slots.acquire()
+        work = asyncio.ensure_future(self.context.in_pool(fill, self.slots.buffer(slot, size)))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # A pool thread may still be writing into the slot: it is free when that has ended.
+            work.add_done_callback(lambda done: self._release_after(done, slot))
+            raise
+        except CodecError:
+            self.slots.release([slot])
+            raise
+        await self.send(Landed(self.job_id, [(index, slot)]))
+        self._missing.discard(index)
+        self._raw_bytes += size
+
+    def _release_after(self, done: asyncio.Future[None], slot: int) -> None:
+        if not done.cancelled():
+            done.exception()
+        self.slots.release([slot])
+
+    def _report(self) -> None:
+        cause = next(iter(self._causes), "gone")
+        if self._missing:
+            self.context.metrics.failed_chunks.labels(cause).inc(len(self._missing))
+
+    def _group(self, index: int) -> GroupLayout:
+        return self.groups[group_index(self.keys[index])]
+
+    def _name(self, index: int) -> ChunkKey:
+        return ChunkKey(self.namespace, self.keys[index])
+
+    def _holders_of(self, index: int) -> Sequence[Peer]:
+        return self.holders.get(self.keys[index], ())
+
+
+def _decode(frame: bytes, out: memoryview, key: bytes) -> None:
+    decode_frame_into(frame, out, key=key)
+
+
+def _restore(chunk: Chunk, out: memoryview, key: bytes) -> None:
+    raw, frame = chunk.raw, chunk.frame
+    if frame is not None:
+        decode_frame_into(frame, out, key=key)
+    elif raw is not None:
+        np.copyto(np.frombuffer(out, dtype=np.uint8), raw)

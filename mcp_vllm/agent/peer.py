@@ -1,0 +1,180 @@
+"""Our view of one peer agent: ask it what it has, fetch frames from it, and avoid it when it fails.
+
+No method waits longer than its deadline, and every failure is a `PeerFailure` with a one-word
+cause, counted and logged once per cause until the peer works again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+import aiohttp
+
+from mcp_vllm.agent import wire
+from mcp_vllm.agent.breaker import Breaker
+from mcp_vllm.agent.wire import WireError
+from mcp_vllm.errors import McpError
+from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.telemetry.agent_metrics import AgentMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class PeerFailure(McpError):
+    """A request to a peer did not work out. `cause` is a short word for metrics."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class Peer:
+    """One configured peer.
+
+    Args:
+        name: "HOST:PORT" as configured; also its name in metrics and logs.
+        http: shared client session.
+        stall_s: a connection, and each read from it, may take that long.
+    """
+
+    def __init__(
+        self, name: str, http: aiohttp.ClientSession, metrics: AgentMetrics, stall_s: float
+    ) -> None:
+        self.name = name
+        self.breaker = Breaker()
+        self._http = http
+        self._metrics = metrics
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=stall_s, sock_read=stall_s, connect=stall_s
+        )
+        self._logged_causes: set[str] = set()
+        self._logged_fields: set[str] = set()
+        metrics.peer_up.labels(name).set(1)
+
+    async def hello(self) -> wire.PeerHello:
+        """Who is there. Raises PeerFailure."""
+        try:
+            async with self._http.get(self._url("hello"), timeout=self._timeout) as response:
+                body = await self._body(response)
+                return wire.decode(wire.PeerHello, body)
+        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+            raise self._failure(error) from error
+
+    async def lookup(self, fingerprint: Fingerprint, keys: Sequence[bytes]) -> bytes:
+        """One flag a key: 1 when the peer can send it.
+
+        Raises:
+            PeerFailure: no usable answer. Cancelling this counts as a failure too, because the
+                caller's deadline passed.
+        """
+        request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys))
+        try:
+            async with self._post("blocks/lookup", request) as response:
+                reply = wire.decode(wire.LookupReply, await self._body(response))
+            if reply.fingerprints:
+                self._report_mismatch(fingerprint, reply.fingerprints)
+            present = reply.present or bytes(len(keys))
+            if len(present) != len(keys):
+                raise WireError("malformed", "the answer does not fit the question")
+        except asyncio.CancelledError:
+            self.note_failure("timeout", "no answer to a lookup within the deadline")
+            raise
+        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+            raise self._failure(error) from error
+        self._worked()
+        return present
+
+    async def fetch(
+        self, namespace: bytes, keys: Sequence[bytes], max_frame_bytes: Sequence[int]
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """Frames as they arrive: (index into `keys`, frame). Keys the peer lost are left out.
+
+        `max_frame_bytes[i]` bounds the frame of key i before it is read.
+
+        Raises:
+            PeerFailure: the stream broke, stalled, or made an impossible claim.
+        """
+        request = wire.FetchRequest(wire.WIRE_VERSION, namespace, list(keys))
+        try:
+            async with self._post("blocks/fetch", request) as response:
+                await self._check_status(response)
+                while True:
+                    head = await response.content.readexactly(wire.FRAME_HEAD.size)
+                    index, size = wire.FRAME_HEAD.unpack(head)
+                    if index == wire.END_INDEX:
+                        break
+                    if index >= len(keys) or size > max_frame_bytes[index]:
+                        raise WireError("oversized", f"a frame of {size} bytes for key {index}")
+                    frame = await response.content.readexactly(size)
+                    self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
+                    yield index, frame
+        except asyncio.IncompleteReadError as error:
+            raise self._failure(WireError("closed", "the stream was cut off")) from error
+        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+            raise self._failure(error) from error
+        self._worked()
+
+    def note_failure(self, cause: str, detail: str) -> None:
+        """Count a failure against this peer and log it, once per cause until it works again."""
+        self.breaker.failed()
+        self._metrics.peer_failures.labels(self.name, cause).inc()
+        self._metrics.peer_up.labels(self.name).set(self.breaker.is_closed)
+        if cause not in self._logged_causes:
+            self._logged_causes.add(cause)
+            logger.warning("peer %s: %s (%s)", self.name, cause, detail)
+
+    def _worked(self) -> None:
+        self.breaker.succeeded()
+        self._metrics.peer_up.labels(self.name).set(1)
+        if self._logged_causes:
+            logger.info("peer %s works again", self.name)
+            self._logged_causes.clear()
+
+    def _failure(self, error: Exception) -> PeerFailure:
+        cause = _cause(error)
+        detail = str(error) or type(error).__name__
+        self.note_failure(cause, detail)
+        return PeerFailure(cause, f"peer {self.name}: {detail}")
+
+    def _report_mismatch(self, ours: Fingerprint, theirs: list[dict[str, str]]) -> None:
+        known = [Fingerprint(fields) for fields in theirs[: wire.MAX_FINGERPRINTS]]
+        closest = ours.closest(known)
+        difference = closest and ours.first_difference(closest)
+        if not difference:
+            return
+        self._metrics.fingerprint_mismatches.labels(self.name, difference.field).inc()
+        if difference.field not in self._logged_fields:
+            self._logged_fields.add(difference.field)
+            logger.warning("peer %s cannot exchange blocks with us: %s", self.name, difference)
+
+    def _url(self, path: str) -> str:
+        return f"http://{self.name}/v1/{path}"
+
+    def _post(self, path: str, request: wire.LookupRequest | wire.FetchRequest):  # type: ignore[no-untyped-def]
+        return self._http.post(self._url(path), data=wire.encode(request), timeout=self._timeout)
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        await self._check_status(response)
+        body = await response.content.read(wire.MAX_REQUEST_BYTES + 1)
+        while not response.content.at_eof():
+            body += await response.content.read(wire.MAX_REQUEST_BYTES + 1)
+            if len(body) > wire.MAX_REQUEST_BYTES:
+                raise WireError("oversized", "an answer larger than any answer may be")
+        return body
+
+    async def _check_status(self, response: aiohttp.ClientResponse) -> None:
+        if response.status != 200:
+            detail = (await response.content.read(500)).decode(errors="replace")
+            raise WireError(f"http {response.status}", detail)
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, WireError):
+        return error.cause
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "connect"
+    return "closed"

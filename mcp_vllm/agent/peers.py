@@ -1,0 +1,75 @@
+"""All configured peers together: who has which keys, in time for a request to use it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import aiohttp
+
+from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.telemetry.agent_metrics import AgentMetrics
+
+
+class Peers:
+    """The configured peers. One per agent, owned by its event loop."""
+
+    def __init__(self, names: Sequence[str], metrics: AgentMetrics, stall_s: float) -> None:
+        connector = aiohttp.TCPConnector(limit_per_host=32, keepalive_timeout=60)
+        self._http = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        self._peers = [Peer(name, self._http, metrics, stall_s) for name in names]
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    async def locate(
+        self, fingerprint: Fingerprint, keys: Sequence[bytes], deadline_s: float
+    ) -> dict[bytes, list[Peer]]:
+        """Which peers have which of `keys`, as far as they answer within `deadline_s`.
+
+        Returns early once one peer has everything.
+        """
+        holders: dict[bytes, list[Peer]] = {}
+        asked = {
+            asyncio.create_task(peer.lookup(fingerprint, keys)): peer
+            for peer in self._peers
+            if peer.breaker.allow()
+        }
+        pending: set[asyncio.Task[bytes]] = set(asked)
+        until = asyncio.get_running_loop().time() + deadline_s
+        while pending:
+            left_s = until - asyncio.get_running_loop().time()
+            done, pending = await asyncio.wait(
+                pending, timeout=max(0, left_s), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                break
+            complete = False
+            for task in done:
+                present = _flags(task)
+                for key, has in zip(keys, present, strict=False):
+                    if has:
+                        holders.setdefault(key, []).append(asked[task])
+                complete |= bool(present) and all(present)
+            if complete:
+                break
+        await self._abandon(pending, until)
+        return holders
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def _abandon(self, pending: set[asyncio.Task[bytes]], until: float) -> None:
+        """Let unanswered lookups run to the deadline in the background, then give them up."""
+        for task in pending:
+            task.add_done_callback(_flags)
+            left_s = max(0.0, until - asyncio.get_running_loop().time())
+            asyncio.get_running_loop().call_later(left_s, task.cancel)
+
+
+def _flags(task: asyncio.Task[bytes]) -> bytes:
+    """The task's flags; nothing when it failed (which the peer has counted already)."""
+    if task.cancelled() or isinstance(task.exception(), PeerFailure):
+        return b""
+    return task.result()

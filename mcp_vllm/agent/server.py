@@ -1,0 +1,173 @@
+"""The agent process: listens for engines on a Unix socket and for peers over HTTP, until told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.encoder import Encoder
+from mcp_vllm.agent.engine_port import EnginePort, accept_engine
+from mcp_vllm.agent.http_api import HttpApi
+from mcp_vllm.agent.peers import Peers
+from mcp_vllm.config import Config, split_address
+from mcp_vllm.errors import McpError
+from mcp_vllm.link.supervisor import READY_LINE
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LISTEN = "127.0.0.1:7077"
+
+
+class AgentError(McpError):
+    """The agent cannot run as configured."""
+
+
+class Agent:
+    """One context agent.
+
+    Args:
+        config: the whole configuration.
+        socket_path: where engines connect; created with access for this user only.
+        owned: started by an engine host: end when standard input ends, and fall back to any free
+            port when the default one is taken.
+    """
+
+    def __init__(self, config: Config, socket_path: Path, owned: bool) -> None:
+        self._config = config
+        self._socket_path = socket_path
+        self._owned = owned
+        self._context = AgentContext(config)
+        self._encoder = Encoder(self._context)
+        self._engines: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or, when owned, the end of standard input.
+
+        Raises:
+            AgentError: the socket or the address cannot be used.
+        """
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, stop.set)
+        if self._owned:
+            loop.add_reader(sys.stdin.fileno(), lambda: self._stdin_ready(stop))
+        agent = self._config.agent
+        self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
+        runner = web.AppRunner(HttpApi(self._context, self._encoder).application(), access_log=None)
+        await runner.setup()
+        listener = self._listen_for_engines()
+        try:
+            port = await self._listen_for_peers(runner)
+            logger.info(
+                "context agent %s: engines at %s, peers at port %d, %d MiB for chunks",
+                self._context.agent_id,
+                self._socket_path,
+                port,
+                agent.ram_bytes >> 20,
+            )
+            sys.stdout.buffer.write(READY_LINE)
+            sys.stdout.flush()
+            background = [
+                asyncio.create_task(self._accept(listener)),
+                asyncio.create_task(self._encoder.run()),
+            ]
+            await stop.wait()
+            await _cancel(background + list(self._engines))
+        finally:
+            listener.close()
+            self._socket_path.unlink(missing_ok=True)
+            await runner.cleanup()
+            await self._peers.close()
+            self._context.close()
+
+    def _stdin_ready(self, stop: asyncio.Event) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            stop.set()
+
+    def _listen_for_engines(self) -> socket.socket:
+        path = self._socket_path
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_served(path):
+            raise AgentError(f"agent.socket: another agent serves {path} already")
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        previous = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise AgentError(f"agent.socket: cannot listen at {path}: {error}") from error
+        finally:
+            os.umask(previous)
+        listener.listen(64)
+        listener.setblocking(False)
+        return listener
+
+    async def _listen_for_peers(self, runner: web.AppRunner) -> int:
+        host, port = split_address(self._config.agent.listen)
+        may_move = self._owned and self._config.agent.listen == DEFAULT_LISTEN
+        try:
+            return await _bind(runner, host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not may_move:
+                raise AgentError(f"agent.listen: cannot listen at {host}:{port}: {error}") from error
+        moved = await _bind(runner, host, 0)
+        logger.warning(
+            "port %d is taken; peers reach this agent at %s:%d (set agent.listen to choose)",
+            port,
+            host,
+            moved,
+        )
+        return moved
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, _ = await loop.sock_accept(listener)
+            task = asyncio.create_task(self._serve_engine(sock))
+            self._engines.add(task)
+            task.add_done_callback(self._engines.discard)
+
+    async def _serve_engine(self, sock: socket.socket) -> None:
+        try:
+            port: EnginePort = await asyncio.to_thread(accept_engine, sock, self._context)
+        except (McpError, OSError) as error:
+            logger.warning("a connection to the engine socket was refused: %s", error)
+            sock.close()
+            return
+        await port.serve(sock, self._context, self._peers, self._encoder)
+
+
+async def _bind(runner: web.AppRunner, host: str, port: int) -> int:
+    """Serve `runner` there; returns the port in use."""
+    site = web.TCPSite(runner, host, port)
+    await site.start()
+    server = site._server
+    assert isinstance(server, asyncio.Server)
+    return int(server.sockets[0].getsockname()[1])
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,97 @@
+"""What two agents say to each other: HTTP with msgpack bodies; blocks as a stream of frames.
+
+- `GET /v1/hello` -> `PeerHello`: who answers, and which fingerprints its engines have.
+- `POST /v1/blocks/lookup` with `LookupRequest` -> `LookupReply`: one flag a key. When the asked
+  namespace is unknown there, the reply carries the known fingerprints, so that the asker can name
+  the field that differs.
+- `POST /v1/blocks/fetch` with `FetchRequest` -> `200`, body: for each key that is still there, in
+  the order asked, `FRAME_HEAD` (index of the key in the request, length of the frame) and the
+  frame; at the end a head with `END_INDEX` and length 0. A body that ends without it was cut off.
+
+Every request names the protocol version; another version is answered with 409 and a sentence.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from mcp_vllm.errors import McpError
+from mcp_vllm.link.protocol import MAX_MESSAGE_BYTES
+
+WIRE_VERSION: Final = 1
+MAX_REQUEST_BYTES: Final = MAX_MESSAGE_BYTES
+MAX_KEYS: Final = 1 << 17
+FRAME_HEAD: Final = struct.Struct(">IQ")
+END_INDEX: Final = 0xFFFFFFFF
+# A frame is never larger than its raw bytes plus a header; this bounds the header generously.
+FRAME_SLACK_BYTES: Final = 64 << 10
+MAX_FINGERPRINTS: Final = 8
+
+
+class WireError(McpError):
+    """A peer sent what the protocol does not allow. `cause` is a short word for metrics."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class PeerHello(msgspec.Struct):
+    version: int
+    agent_id: str
+    fingerprints: list[dict[str, str]]
+
+
+class LookupRequest(msgspec.Struct):
+    version: int
+    namespace: bytes
+    keys: list[bytes]
+
+
+class LookupReply(msgspec.Struct):
+    """`present[i]` is 1 when key i can be fetched; empty when the namespace is unknown here."""
+
+    present: bytes
+    fingerprints: list[dict[str, str]] = []
+
+
+class FetchRequest(msgspec.Struct):
+    version: int
+    namespace: bytes
+    keys: list[bytes]
+
+
+_T = TypeVar("_T")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def decode(kind: type[_T], body: bytes) -> _T:
+    """`body` as a message of that kind.
+
+    Raises:
+        WireError: it is none.
+    """
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise WireError("malformed", f"malformed {kind.__name__}: {error}") from error
+
+
+def check_keys(request: Any) -> None:
+    """Bounds of a lookup or fetch request.
+
+    Raises:
+        WireError: another version, or too many or too long keys.
+    """
+    if request.version != WIRE_VERSION:
+        raise WireError(
+            "version", f"this agent speaks version {WIRE_VERSION}, the request {request.version}"
+        )
+    if len(request.keys) > MAX_KEYS or any(not 4 < len(key) <= 128 for key in request.keys):
+        raise WireError("malformed", "too many keys, or a key of impossible length")

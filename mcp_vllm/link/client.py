@@ -1,0 +1,413 @@
+"""The engine's end of the link: one thread that owns the socket, the jobs and the deadlines.
+
+Called from the scheduler thread, which must never wait: every method only appends to a queue, and
+`poll` only takes from one. All other state belongs to the link's thread. Chunks that landed are
+copied into the host chunks by that thread too, so a job that was given up is never written late.
+
+The link connects by itself, again and again; while it has no agent, jobs fail at once and lookups
+are not answered, which the tier turns into misses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mcp_vllm.errors import McpError
+from mcp_vllm.link import protocol
+from mcp_vllm.link.protocol import LENGTH, Key, LinkError, group_index
+from mcp_vllm.link.shared_memory import (
+    Bytes2D,
+    MappedRows,
+    map_rows,
+    receive_with_fd,
+    send_with_fd,
+)
+from mcp_vllm.link.spans import scatter
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_S = 5.0
+STORE_DEADLINE_S = 10.0
+# The agent keeps its own deadline for a load; ours only matters when the agent hangs.
+LOAD_GRACE_S = 1.0
+RECONNECT_MIN_S = 0.05
+RECONNECT_MAX_S = 2.0
+MAX_OUTGOING_BYTES = 64 << 20
+RECEIVE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answer to a lookup: one flag for each of its keys."""
+
+    lookup_id: int
+    present: bytes
+
+
+@dataclass(frozen=True)
+class JobDone:
+    """A load or a store has ended.
+
+    Attributes:
+        failed: indices of the keys that did not arrive; a store fails as a whole (all or none).
+        causes: why, one short word each.
+    """
+
+    job_id: int
+    failed: frozenset[int]
+    raw_bytes: int = 0
+    wire_bytes: int = 0
+    sources: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
+
+
+Event = Found | JobDone
+
+
+class AgentStarting(McpError):
+    """The agent was started and is not ready yet: worth another try soon, not worth a warning."""
+
+
+@dataclass
+class LinkCounters:
+    """Totals since the start; written by the link's thread, read by anyone."""
+
+    connects: int = 0
+    disconnects: int = 0
+    expired_jobs: int = 0
+
+
+@dataclass
+class _Job:
+    is_load: bool
+    keys: Sequence[Key]
+    chunk_ids: Sequence[int]
+    deadline_s: float
+    missing: set[int] = field(default_factory=set)
+
+
+class AgentLink:
+    """See the module's docstring.
+
+    Args:
+        socket_path: where the agent listens.
+        make_hello: builds our introduction, called in the link's thread before each connect; may
+            take long (it may hash weights) and may raise McpError, which keeps us disconnected.
+        host_fd: read-only descriptor of the host chunks, owned by the caller.
+        host_rows: uint8, shape (num_chunks, chunk_bytes), writable view of the host chunks.
+        before_connect: called in the link's thread before each attempt; starts the agent where
+            that is ours to do, and raises AgentStarting until it is ready.
+    """
+
+    def __init__(
+        self,
+        socket_path: str,
+        make_hello: Callable[[], protocol.Hello],
+        host_fd: int,
+        host_rows: Bytes2D,
+        before_connect: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._socket_path = socket_path
+        self._make_hello = make_hello
+        self._host_fd = host_fd
+        self._host_rows = host_rows
+        self._before_connect = before_connect
+        self.counters = LinkCounters()
+        self.lookup_s = 0.05
+        self._load_s = 10.0
+        self._commands: deque[protocol.EngineMessage | tuple[protocol.Load, Sequence[int]]] = (
+            deque()
+        )
+        self._events: deque[Event] = deque()
+        self._connected = threading.Event()
+        self._stopping = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="mcp-agent-link", daemon=True)
+        # Owned by the thread:
+        self._sock: socket.socket | None = None
+        self._landing: MappedRows | None = None
+        self._groups: list[protocol.GroupLayout] = []
+        self._jobs: dict[int, _Job] = {}
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+
+    # ---- scheduler thread -------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        return self._connected.is_set()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Block until the link is up, at most that long; for start-up only."""
+        return self._connected.wait(timeout_s)
+
+    def send(self, message: protocol.EngineMessage) -> None:
+        """Queue a message; a Store that cannot be sent ends as a failed job."""
+        self._commands.append(message)
+        self._wake()
+
+    def load(self, load: protocol.Load, chunk_ids: Sequence[int]) -> None:
+        """Queue a load of `load.keys` into those host chunks, which stay ours until JobDone."""
+        self._commands.append((load, chunk_ids))
+        self._wake()
+
+    def poll(self) -> list[Event]:
+        """What has happened since the last call."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def stop(self) -> None:
+        """End the thread and the connection; unfinished jobs fail. Idempotent."""
+        self._stopping = True
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._host_rows = np.empty((0, 0), dtype=np.uint8)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+            os.eventfd_write(self._wake_fd, 1)
+
+    # ---- link thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        delay_s = RECONNECT_MIN_S
+        warned = False
+        while not self._stopping:
+            try:
+                self._before_connect()
+                self._connect()
+                delay_s, warned = RECONNECT_MIN_S, False
+                self._serve()
+            except AgentStarting:
+                delay_s = RECONNECT_MIN_S
+            except (OSError, McpError) as error:
+                if not warned:
+                    logger.warning(
+                        "no context agent at %s (%s): serving without it, trying again",
+                        self._socket_path,
+                        error,
+                    )
+                    warned = True
+            except Exception:
+                logger.exception("the link to the context agent failed: serving without it")
+                return
+            finally:
+                self._disconnect()
+            self._idle(delay_s)
+            delay_s = min(2 * delay_s, RECONNECT_MAX_S)
+        self._fail_commands()
+
+    def _idle(self, seconds: float) -> None:
+        """Disconnected: fail what is asked of us until it is time to connect again."""
+        until = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_fd, selectors.EVENT_READ)
+            while not self._stopping and (left := until - time.monotonic()) > 0:
+                if selector.select(left):
+                    self._drain_wake()
+                self._fail_commands()
+
+    def _connect(self) -> None:
+        hello = self._make_hello()
+        self._fail_commands()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(HANDSHAKE_S)
+            sock.connect(self._socket_path)
+            send_with_fd(sock, protocol.pack(hello), self._host_fd)
+            body, fd = receive_with_fd(sock)
+            welcome = protocol.unpack_agent(body)
+            if isinstance(welcome, protocol.Refused):
+                raise LinkError(f"refused by the agent: {welcome.reason}")
+            if not isinstance(welcome, protocol.Welcome) or fd is None:
+                raise LinkError("the agent answered without a welcome")
+            try:
+                self._landing = map_rows(fd, welcome.num_slots, welcome.slot_bytes, writable=False)
+            finally:
+                os.close(fd)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        self._sock = sock
+        self._groups = hello.groups
+        self.lookup_s = welcome.lookup_ms / 1000
+        self._load_s = welcome.load_ms / 1000
+        self.counters.connects += 1
+        self._connected.set()
+        logger.info("connected to context agent %s at %s", welcome.agent_id, self._socket_path)
+
+    def _disconnect(self) -> None:
+        if self._sock is not None:
+            self._connected.clear()
+            self.counters.disconnects += 1
+            self._sock.close()
+            self._sock = None
+        for job_id in list(self._jobs):
+            self._fail_job(job_id, "agent")
+        if self._landing is not None:
+            self._landing.close()
+            self._landing = None
+        self._incoming.clear()
+        self._outgoing.clear()
+
+    def _serve(self) -> None:
+        assert self._sock is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_fd, selectors.EVENT_READ)
+            selector.register(self._sock, selectors.EVENT_READ)
+            while not self._stopping:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
+                selector.modify(self._sock, events)
+                ready = {key.fd for key, _ in selector.select(self._next_deadline_s())}
+                if self._wake_fd in ready:
+                    self._drain_wake()
+                self._take_commands()
+                self._flush()
+                if self._sock.fileno() in ready:
+                    self._receive()
+                self._expire_jobs()
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            now_s = time.monotonic()
+            if isinstance(command, tuple):
+                message: protocol.EngineMessage = command[0]
+                load, chunk_ids = command
+                deadline_s = now_s + self._load_s + LOAD_GRACE_S
+                missing = set(range(len(load.keys)))
+                self._jobs[load.job_id] = _Job(True, load.keys, chunk_ids, deadline_s, missing)
+            else:
+                message = command
+                if isinstance(message, protocol.Store):
+                    self._jobs[message.job_id] = _Job(
+                        False, message.keys, message.chunk_ids, now_s + STORE_DEADLINE_S
+                    )
+            self._outgoing += protocol.pack(message)
+        if len(self._outgoing) > MAX_OUTGOING_BYTES:
+            raise LinkError("the agent does not read its messages")
+
+    def _flush(self) -> None:
+        assert self._sock is not None
+        if not self._outgoing:
+            return
+        try:
+            sent = self._sock.send(self._outgoing)
+        except BlockingIOError:
+            return
+        del self._outgoing[:sent]
+
+    def _receive(self) -> None:
+        assert self._sock is not None
+        try:
+            received = self._sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        if not received:
+            raise LinkError("the agent closed the connection")
+        self._incoming += received
+        while len(self._incoming) >= LENGTH.size:
+            size = protocol.body_size(self._incoming[: LENGTH.size])
+            end = LENGTH.size + size
+            if len(self._incoming) < end:
+                break
+            body = bytes(self._incoming[LENGTH.size : end])
+            del self._incoming[:end]
+            self._handle(protocol.unpack_agent(body))
+
+    def _handle(self, message: protocol.AgentMessage) -> None:
+        match message:
+            case protocol.Found():
+                self._events.append(Found(message.lookup_id, message.present))
+            case protocol.Landed():
+                self._copy_landed(message)
+            case protocol.Loaded():
+                self._finish_load(message)
+            case protocol.Stored():
+                self._finish_store(message)
+            case _:
+                raise LinkError(f"unexpected {type(message).__name__} from the agent")
+
+    def _copy_landed(self, message: protocol.Landed) -> None:
+        assert self._landing is not None
+        job = self._jobs.get(message.job_id)
+        for index, slot in message.slots:
+            if not 0 <= slot < len(self._landing.rows):
+                raise LinkError(f"the agent named landing slot {slot}, which does not exist")
+            if job is None or index not in job.missing:
+                continue  # given up meanwhile: the host chunk may be somebody else's by now
+            group = self._groups[group_index(job.keys[index])]
+            scatter(self._landing.rows[slot], group.spans, self._host_rows[job.chunk_ids[index]])
+            job.missing.discard(index)
+        self._outgoing += protocol.pack(protocol.Release([slot for _, slot in message.slots]))
+
+    def _finish_load(self, message: protocol.Loaded) -> None:
+        job = self._jobs.pop(message.job_id, None)
+        if job is None:
+            return
+        done = JobDone(
+            message.job_id,
+            frozenset(job.missing),
+            message.raw_bytes,
+            message.wire_bytes,
+            tuple(message.sources),
+            tuple(message.causes),
+        )
+        self._events.append(done)
+
+    def _finish_store(self, message: protocol.Stored) -> None:
+        if self._jobs.pop(message.job_id, None) is None:
+            self._outgoing += protocol.pack(protocol.Discard(message.job_id))
+            return
+        self._outgoing += protocol.pack(protocol.Commit(message.job_id))
+        done = JobDone(message.job_id, frozenset(), raw_bytes=message.num_bytes)
+        self._events.append(done)
+
+    def _next_deadline_s(self) -> float:
+        """Seconds until the next job expires, at most 1."""
+        if not self._jobs:
+            return 1.0
+        first = min(job.deadline_s for job in self._jobs.values())
+        return min(1.0, max(0.0, first - time.monotonic()))
+
+    def _expire_jobs(self) -> None:
+        now_s = time.monotonic()
+        for job_id in [j for j, job in self._jobs.items() if job.deadline_s <= now_s]:
+            self.counters.expired_jobs += 1
+            self._fail_job(job_id, "agent timeout")
+
+    def _fail_job(self, job_id: int, cause: str) -> None:
+        job = self._jobs.pop(job_id)
+        failed = job.missing if job.is_load else range(len(job.keys))
+        self._events.append(JobDone(job_id, frozenset(failed), causes=(cause,)))
+
+    def _fail_commands(self) -> None:
+        """No agent: every job that was asked for has failed, everything else is void."""
+        while self._commands:
+            command = self._commands.popleft()
+            message = command[0] if isinstance(command, tuple) else command
+            if isinstance(message, protocol.Load | protocol.Store):
+                failed = frozenset(range(len(message.keys)))
+                self._events.append(JobDone(message.job_id, failed, causes=("no agent",)))
+
+    def _drain_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)

@@ -1,0 +1,242 @@
+"""The protocol between one engine and its host's context agent.
+
+A Unix stream socket carries small messages; KV bytes stay in two shared memory regions, each of
+which only its owner may write:
+
+- the *host chunks* (vLLM's primary tier) belong to the engine, the agent maps them read-only;
+- the *landing slots* belong to the agent, the engine maps them read-only.
+
+So neither side can corrupt the other, whatever it does and however late it does it.
+
+Life cycle::
+
+    engine                                agent
+      Hello + fd of the host chunks  --->
+                                     <---  Welcome + fd of the landing slots   (or Refused)
+      Prepare(request)               --->                a request was added, with its session
+      Lookup(request, keys)          --->                which of these can be loaded?
+                                     <---  Found(lookup, one flag a key)
+      Load(job, keys)                --->                bring these chunks
+                                     <---  Landed(job, slots), any number of times
+      Release(slots)                 --->                copied out, the slots are free again
+                                     <---  Loaded(job, failed, where from)
+      Store(job, keys, host chunks)  --->                these chunks are new and pinned
+                                     <---  Stored(job)   copied, not yet visible to anyone
+      Commit(job) or Discard(job)    --->                the pin held all the time, or did not
+      Finish(request, chain)         --->                the request ended; its session grows
+
+A stored chunk becomes visible only by Commit: the engine sends it when the chunks were pinned until
+Stored arrived. If it gave up waiting it sends Discard, because the bytes may have changed while they
+were being copied.
+
+Framing: 4 bytes big-endian length, then one msgpack message. A length above `MAX_MESSAGE_BYTES`, an
+unknown message or a message that does not fit its schema ends the connection.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+import msgspec
+
+from mcp_vllm.codec import ChunkLayout
+from mcp_vllm.errors import McpError
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 16 << 20
+MAX_KEY_BYTES: Final = 128
+LENGTH: Final = struct.Struct(">I")
+
+Key = bytes
+
+
+def group_index(key: Key) -> int:
+    """The KV cache group of an offload key: its last four bytes, big-endian."""
+    return int.from_bytes(key[-4:], "big")
+
+
+class LinkError(McpError):
+    """The other side broke the protocol or went away."""
+
+
+class GroupLayout(msgspec.Struct, frozen=True):
+    """How one KV cache group's chunk lies in a host chunk.
+
+    Attributes:
+        spans: (offset, length) in bytes of the parts in use; what lies between belongs to others.
+        element: KV element type, as `ChunkLayout.element`.
+        channels: elements along the innermost axis, as `ChunkLayout.channels`.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    element: str
+    channels: int
+
+    @property
+    def raw_bytes(self) -> int:
+        return sum(length for _, length in self.spans)
+
+    @property
+    def codec_layout(self) -> ChunkLayout:
+        return ChunkLayout(element=self.element, channels=self.channels)  # type: ignore[arg-type]
+
+
+class Hello(msgspec.Struct, tag=True):
+    """An engine introduces itself; the fd of its host chunks comes with this message."""
+
+    protocol: int
+    engine_id: str
+    pid: int
+    fingerprint: dict[str, str]
+    chunk_bytes: int
+    num_chunks: int
+    groups: list[GroupLayout]
+
+
+class Welcome(msgspec.Struct, tag=True):
+    """The agent accepts; the fd of the landing slots comes with this message."""
+
+    agent_id: str
+    slot_bytes: int
+    num_slots: int
+    lookup_ms: int
+    load_ms: int
+
+
+class Refused(msgspec.Struct, tag=True):
+    """The agent will not serve this engine, and why."""
+
+    reason: str
+
+
+class Prepare(msgspec.Struct, tag=True):
+    """A request was added; until its Finish the engine counts as busy."""
+
+    request_id: str
+    tenant: str
+    session_id: str | None
+
+
+class Lookup(msgspec.Struct, tag=True):
+    """Which of a request's keys can be loaded? `lookup_id` is the engine's, never reused."""
+
+    lookup_id: int
+    request_id: str
+    keys: list[Key]
+
+
+class Found(msgspec.Struct, tag=True):
+    """`present[i]` is 1 when the lookup's i-th key can be loaded, 0 when it is a miss."""
+
+    lookup_id: int
+    present: bytes
+
+
+class Load(msgspec.Struct, tag=True):
+    job_id: int
+    request_id: str
+    keys: list[Key]
+
+
+class Landed(msgspec.Struct, tag=True):
+    """Chunks of a load lie in landing slots: (index into the load's keys, slot)."""
+
+    job_id: int
+    slots: list[tuple[int, int]]
+
+
+class Release(msgspec.Struct, tag=True):
+    slots: list[int]
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """A load has ended; `failed` are indices into its keys.
+
+    Attributes:
+        raw_bytes: size of the chunks that landed.
+        wire_bytes: bytes of those that came over the network, frames included.
+        sources: "agent", or the peers' names, in order of first use.
+        causes: why chunks failed, one short word each ("timeout", "checksum", ...).
+    """
+
+    job_id: int
+    failed: list[int]
+    raw_bytes: int
+    wire_bytes: int
+    sources: list[str]
+    causes: list[str]
+
+
+class Store(msgspec.Struct, tag=True):
+    """`chunk_ids[i]` is the host chunk of `keys[i]`, pinned until Stored."""
+
+    job_id: int
+    keys: list[Key]
+    chunk_ids: list[int]
+
+
+class Stored(msgspec.Struct, tag=True):
+    """The store's chunks were copied; `num_bytes` of them were new to the agent."""
+
+    job_id: int
+    num_bytes: int
+
+
+class Commit(msgspec.Struct, tag=True):
+    job_id: int
+
+
+class Discard(msgspec.Struct, tag=True):
+    job_id: int
+
+
+class Finish(msgspec.Struct, tag=True):
+    """A request ended. Empty `chains`: it was cancelled or has no session, only forget it."""
+
+    request_id: str
+    chains: list[list[Key]]
+    num_tokens: int
+
+
+EngineMessage = Hello | Prepare | Lookup | Load | Release | Store | Commit | Discard | Finish
+AgentMessage = Welcome | Refused | Found | Landed | Loaded | Stored
+
+_encoder = msgspec.msgpack.Encoder()
+_engine_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(EngineMessage)
+_agent_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AgentMessage)
+
+
+def pack(message: EngineMessage | AgentMessage) -> bytes:
+    """The message as it goes on the socket, length in front."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def body_size(length: bytes | bytearray) -> int:
+    """The size of the body that follows these 4 bytes.
+
+    Raises:
+        LinkError: larger than any message may be.
+    """
+    (size,) = LENGTH.unpack(length)
+    if size > MAX_MESSAGE_BYTES:
+        raise LinkError(f"a message of {size} bytes exceeds the bound of {MAX_MESSAGE_BYTES}")
+    return int(size)
+
+
+def unpack_engine(body: bytes | bytearray | memoryview) -> EngineMessage:
+    """A message from an engine. Raises LinkError when it is none."""
+    return _unpack(_engine_decoder, body)  # type: ignore[no-any-return]
+
+
+def unpack_agent(body: bytes | bytearray | memoryview) -> AgentMessage:
+    """A message from the agent. Raises LinkError when it is none."""
+    return _unpack(_agent_decoder, body)  # type: ignore[no-any-return]
+
+
+def _unpack(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray | memoryview) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise LinkError(f"malformed message: {error}") from error

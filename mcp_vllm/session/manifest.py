@@ -1,0 +1,111 @@
+"""Manifests: what a session's context consists of, without its bytes.
+
+A session is `(tenant, session_id)`. Its manifest lists, per KV cache group, the chained keys of its
+chunks in order, so "how far do you have this chain" is one number per group. Owned by the agent's
+event loop; no locks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from mcp_vllm.errors import McpError
+
+DEFAULT_TENANT = "default"
+MAX_NAME_CHARS = 256
+FORMAT_VERSION = 1
+
+
+class SessionNameError(McpError):
+    """A session id or tenant that cannot be used as a name."""
+
+
+def checked_name(kind: str, value: object) -> str:
+    """`value` as a session id or tenant (`kind` says which).
+
+    Raises:
+        SessionNameError: not a string, empty, longer than 256 characters, or not printable.
+    """
+    if not isinstance(value, str):
+        raise SessionNameError(f"{kind} must be a string, not {type(value).__name__}")
+    if not 0 < len(value) <= MAX_NAME_CHARS:
+        raise SessionNameError(f"{kind} must have 1 to {MAX_NAME_CHARS} characters")
+    if not value.isprintable():
+        raise SessionNameError(f"{kind} must be printable text")
+    return value
+
+
+class SessionKey(msgspec.Struct, frozen=True, order=True):
+    """A session's name; tenants never share one."""
+
+    tenant: str
+    session_id: str
+
+
+class Manifest(msgspec.Struct, kw_only=True):
+    """One session's context.
+
+    `chains[g]` holds the offload keys of KV cache group g in order of position.
+    Times are seconds since the epoch, by this agent's clock.
+    """
+
+    key: SessionKey
+    namespace: bytes
+    chains: list[list[bytes]]
+    num_tokens: int
+    turns: int
+    created_s: float
+    last_used_s: float
+    version: int = FORMAT_VERSION
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(len(chain) for chain in self.chains)
+
+
+class SessionRegistry:
+    """The manifests of one agent, at most `max_sessions`; the least recently used leave first."""
+
+    def __init__(self, max_sessions: int) -> None:
+        self._max_sessions = max_sessions
+        self._manifests: OrderedDict[SessionKey, Manifest] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._manifests)
+
+    def __iter__(self) -> Iterator[Manifest]:
+        return iter(self._manifests.values())
+
+    def get(self, key: SessionKey) -> Manifest | None:
+        """The manifest, or None. Does not count as a use."""
+        return self._manifests.get(key)
+
+    def record_turn(
+        self,
+        key: SessionKey,
+        namespace: bytes,
+        chains: Sequence[Sequence[bytes]],
+        num_tokens: int,
+        now_s: float,
+    ) -> Manifest:
+        """A turn of the session has finished with this chain, which replaces the previous one.
+
+        A chat that was edited continues on another branch: the newest chain is the session's.
+        """
+        previous = self._manifests.pop(key, None)
+        manifest = Manifest(
+            key=key,
+            namespace=namespace,
+            chains=[list(chain) for chain in chains],
+            num_tokens=num_tokens,
+            turns=previous.turns + 1 if previous else 1,
+            created_s=previous.created_s if previous else now_s,
+            last_used_s=now_s,
+        )
+        self._manifests[key] = manifest
+        while len(self._manifests) > self._max_sessions:
+            self._manifests.popitem(last=False)
+        return manifest

@@ -1,0 +1,163 @@
+"""Chunks in memory, under a byte budget; the least recently used leave first.
+
+A chunk arrives raw (a copy of the engine's bytes), becomes a frame when the encoder gets to it, and
+is served in either form. The budget counts whichever form is held. Owned by the agent's event loop;
+no locks. Chains are touched from their end, so a parent is always younger than its children and
+leaves after them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcp_vllm.codec import ChunkLayout
+
+# What an entry costs beyond its bytes (key, object, dictionary slot), counted against the budget.
+ENTRY_OVERHEAD_BYTES = 512
+
+
+class ChunkKey(NamedTuple):
+    """A chunk's name: the engine's fingerprint digest and vLLM's offload key."""
+
+    namespace: bytes
+    key: bytes
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A stored chunk; exactly one of `raw` and `frame` is set.
+
+    Attributes:
+        layout: what the raw bytes are, for the codec.
+        raw_bytes: size of the chunk as the engine holds it.
+        raw: uint8, shape (raw_bytes,), read only, until encoded.
+        frame: the encoded chunk.
+    """
+
+    layout: ChunkLayout
+    raw_bytes: int
+    raw: NDArray[np.uint8] | None = None
+    frame: bytes | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        payload = len(self.frame) if self.frame is not None else self.raw_bytes
+        return payload + ENTRY_OVERHEAD_BYTES
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """Sizes of a store's contents, in bytes and chunks."""
+
+    num_chunks: int
+    held_bytes: int
+    raw_held_bytes: int
+    budget_bytes: int
+
+
+@dataclass
+class RamStore:
+    """A bounded map from `ChunkKey` to `Chunk`.
+
+    Invariant: the bytes held never exceed the budget. A chunk larger than the whole budget is not
+    kept, which `put` reports.
+    """
+
+    budget_bytes: int
+    evictions: int = 0
+    _chunks: OrderedDict[ChunkKey, Chunk] = field(default_factory=OrderedDict)
+    _raw: dict[ChunkKey, None] = field(default_factory=dict)
+    _held_bytes: int = 0
+    _raw_held_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __contains__(self, name: ChunkKey) -> bool:
+        return name in self._chunks
+
+    def size(self) -> StoreSize:
+        return StoreSize(
+            len(self._chunks), self._held_bytes, self._raw_held_bytes, self.budget_bytes
+        )
+
+    def get(self, name: ChunkKey) -> Chunk | None:
+        """The chunk, or None. Does not count as a use: see `touch`."""
+        return self._chunks.get(name)
+
+    def put(self, name: ChunkKey, chunk: Chunk) -> bool:
+        """Keep `chunk`, evicting as needed; False when it cannot fit at all.
+
+        A chunk that is present stays: equal names mean equal bytes.
+        """
+        if name in self._chunks:
+            self._chunks.move_to_end(name)
+            return True
+        if chunk.held_bytes > self.budget_bytes:
+            return False
+        self._evict_until(self.budget_bytes - chunk.held_bytes)
+        self._chunks[name] = chunk
+        self._account(name, chunk, 1)
+        return True
+
+    def touch(self, names: Iterable[ChunkKey]) -> None:
+        """Mark the chunks of one chain, in chain order, as just used."""
+        for name in reversed(list(names)):
+            if name in self._chunks:
+                self._chunks.move_to_end(name)
+
+    def set_frame(self, name: ChunkKey, chunk: Chunk, frame: bytes) -> None:
+        """Replace the raw bytes of `chunk` by its frame; no effect if it has left meanwhile."""
+        if self._chunks.get(name) is not chunk or chunk.frame is not None:
+            return
+        self._account(name, chunk, -1)
+        chunk.frame, chunk.raw = frame, None
+        self._account(name, chunk, 1)
+        # An incompressible chunk's frame exceeds its raw form by the frame header.
+        self._evict_until(self.budget_bytes)
+
+    def discard(self, name: ChunkKey) -> None:
+        """Forget the chunk, if present (its bytes proved bad)."""
+        chunk = self._chunks.pop(name, None)
+        if chunk is not None:
+            self._account(name, chunk, -1)
+
+    def next_raw(self) -> tuple[ChunkKey, Chunk] | None:
+        """The chunk that has waited longest to be encoded, or None."""
+        for name in self._raw:
+            return name, self._chunks[name]
+        return None
+
+    def check_integrity(self) -> None:
+        """Recount everything; for tests.
+
+        Raises:
+            AssertionError: the accounts and the contents differ.
+        """
+        raw = [name for name, chunk in self._chunks.items() if chunk.frame is None]
+        assert set(raw) == set(self._raw)
+        assert all((c.raw is None) != (c.frame is None) for c in self._chunks.values())
+        assert self._held_bytes == sum(c.held_bytes for c in self._chunks.values())
+        assert self._raw_held_bytes == sum(self._chunks[name].held_bytes for name in raw)
+        assert self._held_bytes <= self.budget_bytes
+
+    def _evict_until(self, limit_bytes: int) -> None:
+        while self._held_bytes > limit_bytes:
+            name, chunk = self._chunks.popitem(last=False)
+            self._account(name, chunk, -1)
+            self.evictions += 1
+
+    def _account(self, name: ChunkKey, chunk: Chunk, sign: int) -> None:
+        self._held_bytes += sign * chunk.held_bytes
+        if chunk.frame is None:
+            self._raw_held_bytes += sign * chunk.held_bytes
+            if sign > 0:
+                self._raw[name] = None
+            else:
+                del self._raw[name]

@@ -1,0 +1,83 @@
+"""Every metric of the context agent, in one place; served at `/metrics`."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class AgentMetrics:
+    """The agent's metrics; names start with `mcp_agent_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.engines = Gauge("mcp_agent_engines", "Engines connected", registry=r)
+        self.sessions = Gauge("mcp_agent_sessions", "Session manifests kept", registry=r)
+        self.chunks = Gauge("mcp_agent_chunks", "Chunks held in memory", registry=r)
+        self.held_bytes = Gauge(
+            "mcp_agent_held_bytes", "Bytes of chunks held in memory, overhead included", registry=r
+        )
+        self.evictions = Gauge(
+            "mcp_agent_evictions", "Chunks evicted from memory since the start", registry=r
+        )
+        self.lookup_keys = Counter(
+            "mcp_agent_lookup_keys",
+            "Keys looked up by engines, by where they were found",
+            ["result"],
+            registry=r,
+        )
+        self.lookup_seconds = Histogram(
+            "mcp_agent_lookup_seconds", "Duration of an engine's lookup", buckets=SECONDS, registry=r
+        )
+        self.loaded_chunks = Counter(
+            "mcp_agent_loaded_chunks", "Chunks brought to an engine, by source", ["source"], registry=r
+        )
+        self.failed_chunks = Counter(
+            "mcp_agent_failed_chunks",
+            "Chunks asked for by an engine that could not be brought, by cause",
+            ["cause"],
+            registry=r,
+        )
+        self.load_seconds = Histogram(
+            "mcp_agent_load_seconds", "Duration of an engine's load", buckets=SECONDS, registry=r
+        )
+        self.wire_received_bytes = Counter(
+            "mcp_agent_wire_received_bytes", "Frame bytes received from peers", ["peer"], registry=r
+        )
+        self.wire_sent_bytes = Counter(
+            "mcp_agent_wire_sent_bytes", "Frame bytes sent to peers", registry=r
+        )
+        self.sent_chunks = Counter("mcp_agent_sent_chunks", "Chunks sent to peers", registry=r)
+        self.stored_chunks = Counter(
+            "mcp_agent_stored_chunks", "Chunks taken over from engines", registry=r
+        )
+        self.stored_raw_bytes = Counter(
+            "mcp_agent_stored_raw_bytes", "Bytes of chunks taken over from engines", registry=r
+        )
+        self.encoded_raw_bytes = Counter(
+            "mcp_agent_encoded_raw_bytes", "Bytes of chunks encoded, before", registry=r
+        )
+        self.encoded_frame_bytes = Counter(
+            "mcp_agent_encoded_frame_bytes", "Bytes of chunks encoded, after", registry=r
+        )
+        self.peer_failures = Counter(
+            "mcp_agent_peer_failures",
+            "Requests to a peer that failed, by cause",
+            ["peer", "cause"],
+            registry=r,
+        )
+        self.peer_up = Gauge(
+            "mcp_agent_peer_up", "1 while the peer is asked, 0 while it is avoided", ["peer"], registry=r
+        )
+        self.fingerprint_mismatches = Counter(
+            "mcp_agent_fingerprint_mismatches",
+            "Lookups that a peer could not serve because its engines differ from ours, by field",
+            ["peer", "field"],
+            registry=r,
+        )
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

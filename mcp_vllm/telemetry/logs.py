@@ -1,0 +1,14 @@
+"""Logging of our own processes: one line a record, to standard error, level from MCP_VLLM_LOG_LEVEL."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def configure_logging() -> None:
+    """Set up the root logger; the level is INFO unless MCP_VLLM_LOG_LEVEL says otherwise."""
+    logging.basicConfig(
+        level=os.environ.get("MCP_VLLM_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(levelname)s mcp-agent[%(process)d] %(message)s",
+    )
