@@ -109,7 +109,9 @@ class Config(_Section):
     host_cache_bytes: ByteSize = Field(default=ByteSize(_GIB), ge=_MIB, le=_MAX_BYTES)
     """The engine's host cache: shared memory for uncompressed blocks (vLLM's primary tier)."""
 
-    peers: Annotated[tuple[PeerAddress, ...], AfterValidator(_unique)] = Field(default=(), max_length=256)
+    peers: Annotated[tuple[PeerAddress, ...], AfterValidator(_unique)] = Field(
+        default=(), max_length=256
+    )
     """HOST:PORT of other hosts' agents, asked for blocks that are not held here."""
 
     insecure: bool = False
