@@ -27,6 +27,7 @@ help: ## Show this list
 install: $(STAMP) ## Make .venv: the CPU build of vLLM, our dependencies, and mcp-vllm
 
 $(STAMP):
+	@tools/prerequisites $(PYTHON)
 	@$(INSTALL) --venv $(VENV)
 	@rm -f $(VENV)/.installed-* && touch $@
 
@@ -42,6 +43,7 @@ test-unit: $(STAMP) ## Run the unit tests only (they need no vLLM)
 test-matrix: $(LOCKS:%=test-against-%) ## Run all tests against each vLLM release that has a lock
 
 test-against-%:
+	@tools/prerequisites $(PYTHON)
 	@$(INSTALL) --venv build/matrix/$* --lock requirements/$*.lock
 	build/matrix/$*/bin/python -m pytest tests
 

@@ -14,9 +14,6 @@ from pathlib import Path
 from pip_settings import uv_environment, uv_options
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = (3, 11)
-NEWEST = (3, 13)
-OLDEST_GIT = (2, 20)
 
 
 def main() -> None:
@@ -27,7 +24,6 @@ def main() -> None:
     parser.add_argument("--torch-index", required=True, help="asked for torch when pip's are not")
     args = parser.parse_args()
 
-    check_prerequisites()
     pins = read_pins(args.lock)
     torch = [pin for pin in pins if pin.startswith("torch==")]
     uv_pin = next(pin for pin in pins if pin.startswith("uv=="))
@@ -44,22 +40,6 @@ def main() -> None:
     step(5, "mcp-vllm itself")
     uv.install([], "--no-build-isolation", "--editable", str(ROOT))
     run(python, str(ROOT / "patches" / "vllm-metadata" / "generate.py"))
-
-
-def check_prerequisites() -> None:
-    """Stop with a sentence that says what to install when Python or git is missing or old."""
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        raise SystemExit(
-            f"Python {_dotted(OLDEST)} to {_dotted(NEWEST)} is needed, this is "
-            f"{sys.version.split()[0]}: install one, or name it (make PYTHON=python3.11)"
-        )
-    try:
-        said = subprocess.run(["git", "--version"], capture_output=True, text=True, check=True)
-        found = tuple(int(part) for part in said.stdout.split()[2].split(".")[:2])
-    except (OSError, subprocess.CalledProcessError):
-        raise SystemExit("git is needed, and was not found: install it") from None
-    if found < OLDEST_GIT:
-        raise SystemExit(f"git {_dotted(OLDEST_GIT)} or newer is needed, this is {_dotted(found)}")
 
 
 def read_pins(lock: Path) -> list[str]:
@@ -125,10 +105,6 @@ def run(*command: str, environ: dict[str, str] | None = None, text: str = "") ->
     done = subprocess.run(command, env=environ, input=text, text=True)
     if done.returncode != 0:
         raise SystemExit(f"failed: {' '.join(command)}")
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(str(part) for part in version)
 
 
 if __name__ == "__main__":
