@@ -1,0 +1,7 @@
+"""Configuration: one schema, one loader, every key documented in docs/configuration.md."""
+
+from mcp_vllm.config.address import Address
+from mcp_vllm.config.errors import ConfigError
+from mcp_vllm.config.schema import KNOWN_CODECS, AgentConfig, CodecConfig, Config
+
+__all__ = ["KNOWN_CODECS", "Address", "AgentConfig", "CodecConfig", "Config", "ConfigError"]

@@ -1,0 +1,63 @@
+# mcp_vllm: everything is installed into .venv; the first target that needs it makes it.
+
+# A Python from 3.11 to 3.13; the first that is found unless you name one (make PYTHON=python3.12).
+PYTHON ?= $(shell tools/find-python)
+# Where PyTorch publishes its CPU wheels. Asked for torch only, and only when your own pip settings
+# do not lead to the wheel.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PYTHON) tools/install.py --torch-index $(TORCH_INDEX)
+INSTALL_INPUTS := requirements/cpu.lock pyproject.toml tools/install.py patches/vllm-metadata/generate.py
+# Named after what the install was made from, so a change of any of it installs again.
+STAMP := $(VENV)/.installed-$(shell cat $(INSTALL_INPUTS) | cksum | tr ' ' -)
+LOCKS := $(notdir $(basename $(wildcard requirements/*.lock)))
+
+# Two cores and one .venv: nothing here gains from running side by side, with make -j either.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-unit test-matrix lint docs lock clean
+
+help: ## Show this list
+	@echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX)"
+
+install: $(STAMP) ## Make .venv: the CPU build of vLLM, our dependencies, and mcp-vllm
+
+$(STAMP):
+	@tools/prerequisites $(PYTHON)
+	@$(INSTALL) --venv $(VENV)
+	@rm -f $(VENV)/.installed-* && touch $@
+
+demo: $(STAMP) ## Move a chat between two real engines and show what it saved
+	$(VENV)/bin/mcp-vllm demo
+
+test: $(STAMP) ## Run all tests, real engines included
+	$(PY) -m pytest tests
+
+test-unit: $(STAMP) ## Run the unit tests only (they need no vLLM)
+	$(PY) -m pytest tests/unit
+
+test-matrix: $(LOCKS:%=test-against-%) ## Run all tests against each vLLM release that has a lock
+
+test-against-%:
+	@tools/prerequisites $(PYTHON)
+	@$(INSTALL) --venv build/matrix/$* --lock requirements/$*.lock
+	build/matrix/$*/bin/python -m pytest tests
+
+lint: $(STAMP) ## Check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+docs: $(STAMP) ## Write docs/configuration.md from the schema
+	$(PY) -m mcp_vllm.config.docs docs/configuration.md
+
+lock: $(STAMP) ## Resolve requirements/cpu.lock again
+	$(PY) tools/lock.py
+
+clean: ## Remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""The schema seen as a flat list of dotted keys.
+
+The loader, the generated documentation and `mcp-vllm config` all walk the schema through here, so
+that a key is known everywhere or nowhere.
+"""
+
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ENV_PREFIX = "MCP_VLLM_"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its dotted name (`agent.listen`) and the schema's field behind it."""
+
+    dotted: str
+    field: FieldInfo
+
+    @property
+    def env_name(self) -> str:
+        """The environment variable that sets it: `agent.listen` is MCP_VLLM_AGENT__LISTEN."""
+        return ENV_PREFIX + self.dotted.replace(".", "__").upper()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the key holds several values (a comma separates them in the environment)."""
+        return typing.get_origin(self.field.annotation) is tuple
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The nested model that `field` holds, or None when it holds a plain value."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def keys_of(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every setting of `schema`, in the order in which the schema declares them."""
+    for name, field in schema.model_fields.items():
+        section = section_of(field)
+        if section is None:
+            yield Key(prefix + name, field)
+        else:
+            yield from keys_of(section, f"{prefix}{name}.")
+
+
+def value_of(config: BaseModel, dotted: str) -> object:
+    """The value that `config` holds under a dotted key."""
+    value: object = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,149 @@
+"""Merges flags, environment, file and defaults into one validated configuration.
+
+Works on any pydantic schema, so the schema may import it. Remembers where each key came from: the
+faults name their source, and `mcp-vllm config check` shows it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from mcp_vllm.config.errors import ConfigError
+from mcp_vllm.config.keys import ENV_PREFIX, keys_of, section_of
+from mcp_vllm.config.nearest import did_you_mean
+from mcp_vllm.config.source import read_source
+
+C = TypeVar("C", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value somebody gave for a key, and where: a file, a variable, a flag."""
+
+    value: object
+    source: str
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[C]):
+    """A configuration, and the source of each dotted key that somebody has set."""
+
+    config: C
+    sources: Mapping[str, str]
+
+
+def peer_flags(peers: Sequence[str]) -> dict[str, Setting]:
+    """The settings that `--mcp-peer` stands for; none when the flag was not used."""
+    return {"peers": Setting(list(peers), "--mcp-peer")} if peers else {}
+
+
+def load(
+    schema: type[C],
+    source: str | Path | Mapping[str, object] | None,
+    *,
+    flags: Mapping[str, Setting],
+    environ: Mapping[str, str],
+) -> Loaded[C]:
+    """Merge the layers (flags before environment before `source`) and validate them.
+
+    Raises ConfigError with every fault that was found, unknown keys before bad values.
+    """
+    faults: list[str] = []
+    label, tree = read_source(source)
+    settings = {
+        **_from_tree(schema, tree, label, faults),
+        **_from_environ(schema, environ, faults),
+        **flags,
+    }
+    if faults:
+        raise ConfigError(faults)
+    try:
+        config = schema.model_validate(_nested(settings))
+    except ValidationError as error:
+        raise ConfigError([_fault(each, settings) for each in error.errors()]) from None
+    return Loaded(config, {dotted: setting.source for dotted, setting in settings.items()})
+
+
+def _from_tree(
+    schema: type[BaseModel],
+    tree: Mapping[str, object],
+    label: str,
+    faults: list[str],
+    prefix: str = "",
+) -> dict[str, Setting]:
+    """Flatten a file's mapping to dotted keys; keys that the schema lacks go to `faults`."""
+    settings: dict[str, Setting] = {}
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        field = schema.model_fields.get(name)
+        if field is None:
+            faults.append(f'{label}: unknown key "{dotted}" {_nearest(schema, prefix, name)}')
+            continue
+        section = section_of(field)
+        if section is None:
+            settings[dotted] = Setting(value, label)
+        elif isinstance(value, Mapping):
+            settings |= _from_tree(section, value, label, faults, f"{dotted}.")
+        elif value is not None:  # a section whose every line is commented out reads as None
+            faults.append(f"{label}: {dotted}: must hold keys of its own, not {value!r}")
+    return settings
+
+
+def _nearest(schema: type[BaseModel], prefix: str, name: object) -> str:
+    """What an unknown key of a section may have meant: that section's own names, or deeper ones."""
+    own = [prefix + each for each in schema.model_fields]
+    deeper = [key.dotted for key in keys_of(schema, prefix) if key.dotted not in own]
+    return did_you_mean(f"{prefix}{name}", own, deeper)
+
+
+def _from_environ(
+    schema: type[BaseModel], environ: Mapping[str, str], faults: list[str]
+) -> dict[str, Setting]:
+    """The keys that MCP_VLLM_* variables set; an empty variable counts as not set."""
+    known = {key.env_name: key for key in keys_of(schema)}
+    settings: dict[str, Setting] = {}
+    for name, text in environ.items():
+        if not name.startswith(ENV_PREFIX):
+            continue
+        key = known.get(name)
+        if key is None:
+            faults.append(f"environment: unknown variable {name} {did_you_mean(name, known)}")
+        elif text:
+            value = [part.strip() for part in text.split(",")] if key.is_list else text
+            settings[key.dotted] = Setting(value, f"environment {name}")
+    return settings
+
+
+def _nested(settings: Mapping[str, Setting]) -> dict[str, object]:
+    """Dotted keys as the nested mapping that the schema validates."""
+    root: dict[str, object] = {}
+    for dotted, setting in settings.items():
+        *path, leaf = dotted.split(".")
+        node = root
+        for name in path:
+            child = node.setdefault(name, {})
+            assert isinstance(child, dict)
+            node = child
+        node[leaf] = setting.value
+    return root
+
+
+_PLAIN_WORDS = {"tuple_type": "must be a list", "path_type": "must be a path"}
+
+
+def _fault(error: ErrorDetails, settings: Mapping[str, Setting]) -> str:
+    """One validation error as one line: source, dotted key, what is wrong, the value given."""
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    # A fault between keys has no field of its own; its validator puts the key in the context.
+    dotted = ".".join(names) or str(error.get("ctx", {}).get("key", ""))
+    place = dotted + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    message = _PLAIN_WORDS.get(error["type"], error["msg"]).removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be")
+    line = f"{place}: {message}"
+    if error["type"] not in ("value_error", "plain_listen"):
+        line += f" (got {error['input']!r})"
+    return f"{settings[dotted].source}: {line}" if dotted in settings else line
