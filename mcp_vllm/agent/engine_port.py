@@ -22,7 +22,13 @@ from mcp_vllm.agent.peers import Peers
 from mcp_vllm.errors import McpError
 from mcp_vllm.link import protocol
 from mcp_vllm.link.protocol import LENGTH, LinkError, group_index
-from mcp_vllm.link.shared_memory import MappedRows, map_rows, receive_with_fd, send_with_fd
+from mcp_vllm.link.shared_memory import (
+    MappedRows,
+    map_rows,
+    receive_with_fd,
+    reopen_read_only,
+    send_with_fd,
+)
 from mcp_vllm.link.spans import check_spans, gather
 from mcp_vllm.session.fingerprint import MAX_FIELDS, Fingerprint
 from mcp_vllm.session.manifest import SessionKey
@@ -73,7 +79,11 @@ def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
         lookup_ms=context.config.agent.lookup_ms,
         load_ms=context.config.agent.load_ms,
     )
-    send_with_fd(sock, protocol.pack(welcome), slots.fd)
+    landing_fd = reopen_read_only(slots.fd)
+    try:
+        send_with_fd(sock, protocol.pack(welcome), landing_fd)
+    finally:
+        os.close(landing_fd)
     sock.setblocking(False)
     return EnginePort(hello, host, slots)
 

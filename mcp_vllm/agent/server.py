@@ -19,13 +19,13 @@ from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.engine_port import EnginePort, accept_engine
 from mcp_vllm.agent.http_api import HttpApi
 from mcp_vllm.agent.peers import Peers
-from mcp_vllm.config import Config, split_address
+from mcp_vllm.config import Address, AgentConfig, Config
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.supervisor import READY_LINE
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_LISTEN = "127.0.0.1:7077"
+DEFAULT_LISTEN = AgentConfig().listen
 
 
 class AgentError(McpError):
@@ -114,7 +114,8 @@ class Agent:
         return listener
 
     async def _listen_for_peers(self, runner: web.AppRunner) -> int:
-        host, port = split_address(self._config.agent.listen)
+        address = Address.parse(self._config.agent.listen)
+        host, port = address.host, address.port
         may_move = self._owned and self._config.agent.listen == DEFAULT_LISTEN
         try:
             return await _bind(runner, host, port)

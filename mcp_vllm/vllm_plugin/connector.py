@@ -1,0 +1,172 @@
+"""Connector `mcp`: vLLM's offloading connector with our spec, our tier, and sessions.
+
+Scheduling, matching of hybrid KV groups and copies are vLLM's. Added here: our settings become the
+framework's, a request's session and block hashes reach the agent as soon as the request arrives,
+and the response says what was imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    PromMetric,
+    PromMetricT,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.request import RequestStatus
+
+from mcp_vllm.link import protocol
+from mcp_vllm.link.supervisor import AgentSupervisor
+from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey, SessionNameError, checked_name
+from mcp_vllm.vllm_plugin import settings
+from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
+from mcp_vllm.vllm_plugin.layout import group_layouts
+from mcp_vllm.vllm_plugin.tier import ContextTier
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+# How long the engine's start-up waits for its agent; serving starts without it after that.
+START_WAIT_S = 20.0
+
+
+class MCPConnector(OffloadingConnector):
+    """See the module's docstring. One per process and role, made by vLLM."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        settings.complete(vllm_config.kv_transfer_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._supervisor: AgentSupervisor | None = None
+        self._imported_tokens: dict[str, int] = {}
+        if role == KVConnectorRole.SCHEDULER:
+            self._start_tier(vllm_config, kv_cache_config)
+
+    @property
+    def _tier(self) -> ContextTier:
+        tiers = self.scheduler.manager.secondary_tiers
+        return next(tier for tier in tiers if isinstance(tier, ContextTier))
+
+    def _start_tier(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        transfer_config = vllm_config.kv_transfer_config
+        config = settings.our_config(transfer_config.kv_connector_extra_config)
+        tier = self._tier
+        spec = tier._offloading_spec
+        layouts = group_layouts(spec, kv_cache_config)
+
+        def make_hello() -> protocol.Hello:
+            fingerprint = engine_fingerprint(vllm_config, kv_cache_config, spec, layouts)
+            return protocol.Hello(
+                protocol=protocol.PROTOCOL_VERSION,
+                engine_id=transfer_config.engine_id,
+                pid=os.getpid(),
+                fingerprint=dict(fingerprint.fields),
+                chunk_bytes=spec.kv_bytes_per_chunk,
+                num_chunks=spec.num_chunks,
+                groups=layouts,
+            )
+
+        socket_path = config.agent.socket
+        if socket_path is None:
+            socket_path = _own_socket(transfer_config.engine_id)
+            if spec.config.parallel.data_parallel_index == 0:
+                self._supervisor = AgentSupervisor(config.to_json(), str(socket_path))
+        start_agent = self._supervisor.ensure_running if self._supervisor else _nothing
+        tier.start(str(socket_path), make_hello, start_agent, START_WAIT_S)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._supervisor is not None:
+            self._supervisor.stop()
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        status = self.scheduler._req_status[request.request_id]
+        status.update_offload_keys()
+        chains = [list(state.offload_keys) for state in status.group_states]
+        self._tier.prepare(status.req_context, _session_of(request), chains)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        # The first admission counts; a preempted request may load its own blocks again.
+        first = self._imported_tokens.setdefault(request.request_id, num_external_tokens)
+        if first:
+            self._tier.count_imported_tokens(first)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        delay_free, params = super().request_finished_all_groups(request, block_ids)
+        imported_tokens = self._imported_tokens.pop(request.request_id, 0)
+        status = self.scheduler._req_status.get(request.request_id)
+        if status is None:
+            return delay_free, params
+        chains = [list(state.offload_keys) for state in status.group_states]
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            chains = []
+        report = self._tier.conclude(request.request_id, chains, request.num_tokens)
+        session = _session_of(request)
+        imported_from = list(report.sources) or (["host"] if imported_tokens else [])
+        ours = {
+            "session_id": session.session_id or None,
+            "imported_tokens": imported_tokens,
+            "imported_from": imported_from,
+            "raw_bytes": report.raw_bytes,
+            "wire_bytes": report.wire_bytes,
+            "import_ms": round(1000 * report.seconds, 1),
+        }
+        return delay_free, {**(params or {}), **ours}
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        settings.complete(vllm_config.kv_transfer_config)
+        return super().build_prom_metrics(
+            vllm_config, metric_types, labelnames, per_engine_labelvalues
+        )
+
+
+def _nothing() -> None:
+    """The agent runs on its own."""
+
+
+def _own_socket(engine_id: str) -> Path:
+    """Where this host's engines find the agent that rank 0 starts; ranks differ in `_dp<rank>`."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    name = engine_id.rsplit("_dp", 1)[0]
+    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name[:48]}.sock"
+
+
+def _session_of(request: Request) -> SessionKey:
+    """The session that the request names; an empty id means none. Never refuses a request."""
+    params = request.kv_transfer_params or {}
+    if params.get("session_id") is None:
+        return SessionKey(DEFAULT_TENANT, "")
+    try:
+        return SessionKey(
+            checked_name("tenant", params.get("tenant", DEFAULT_TENANT)),
+            checked_name("session_id", params["session_id"]),
+        )
+    except SessionNameError as error:
+        logger.warning("request %s: session ignored: %s", request.request_id, error)
+        return SessionKey(DEFAULT_TENANT, "")

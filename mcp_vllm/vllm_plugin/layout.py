@@ -1,0 +1,109 @@
+"""Where each KV cache group's bytes lie in a host chunk, worked out on the scheduler's side.
+
+The worker lays the pages of all KV cache tensors one after the other into a chunk; a group uses the
+tensors that hold its layers. What a group does not use is left over from another chunk and must not
+be stored or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_offload.base import OffloadingSpec
+
+from mcp_vllm.link.protocol import GroupLayout
+
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+Address = tuple[int, int]
+Span = tuple[int, int]
+
+
+def group_layouts(spec: OffloadingSpec, kv_cache_config: KVCacheConfig) -> list[GroupLayout]:
+    """One layout a KV cache group, indexed by vLLM's group index.
+
+    Groups that are not offloaded get the layout of a whole chunk; no key names them.
+    """
+    whole = [(0, spec.kv_bytes_per_chunk)]
+    offloaded = {group.group_id: group.layer_names for group in spec.config.groups}
+    pages = _tensor_pages(kv_cache_config, list(offloaded.values()))
+    layouts = []
+    for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
+        element, channels = _element(group.kv_cache_spec)
+        layers = offloaded.get(group_id)
+        spans = _spans(spec, pages, _addresses(kv_cache_config), layers) if pages and layers else []
+        layouts.append(GroupLayout(tuple(spans or whole), element, channels))
+    return layouts
+
+
+def _addresses(kv_cache_config: KVCacheConfig) -> dict[str, Address]:
+    """Layer name -> (offset of its block 0, bytes between blocks); equal ones share their bytes."""
+    return {
+        layer: (tensor.offset + index * tensor.layer_stride, tensor.block_stride)
+        for tensor in kv_cache_config.kv_cache_tensors
+        for index, layer in enumerate(tensor.layers)
+    }
+
+
+def _tensor_pages(
+    kv_cache_config: KVCacheConfig, groups: Sequence[Sequence[str]]
+) -> dict[Address, int]:
+    """Distinct tensors in the worker's order -> page size in bytes; empty for packed layouts."""
+    addresses = _addresses(kv_cache_config)
+    specs = _layer_specs(kv_cache_config)
+    pages: dict[Address, int] = {}
+    for layer in (layer for layers in groups for layer in layers):
+        address, page = addresses[layer], specs[layer].page_size_bytes
+        if address[1] != page:
+            return {}
+        pages.setdefault(address, page)
+    return pages
+
+
+def _layer_specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+    specs = {}
+    for group in kv_cache_config.kv_cache_groups:
+        per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for layer in group.layer_names:
+            specs[layer] = per_layer.get(layer, group.kv_cache_spec)
+    return specs
+
+
+def _spans(
+    spec: OffloadingSpec,
+    pages: dict[Address, int],
+    addresses: dict[str, Address],
+    layers: Sequence[str],
+) -> list[Span]:
+    """The group's parts of a chunk, all workers' included, neighbours merged."""
+    used = {addresses[layer] for layer in layers}
+    parts: list[Span] = []
+    offset = 0
+    for address, page in pages.items():
+        size = page * spec.blocks_per_chunk
+        if address in used:
+            parts.append((offset, size))
+        offset += size
+    num_copies = 1 if spec.replicated_layout else spec.config.parallel.world_size
+    spans: list[Span] = []
+    for copy in range(num_copies):
+        base = copy * spec.cpu_page_size_per_worker
+        for start, size in parts:
+            if spans and sum(spans[-1]) == base + start:
+                spans[-1] = (spans[-1][0], spans[-1][1] + size)
+            else:
+                spans.append((base + start, size))
+    return spans
+
+
+def _element(kv_cache_spec: KVCacheSpec) -> tuple[str, int]:
+    """Element type and innermost axis of the group's pages, for the codec."""
+    per_layer = getattr(kv_cache_spec, "kv_cache_specs", None)
+    spec = next(iter(per_layer.values())) if per_layer else kv_cache_spec
+    if not isinstance(spec, AttentionSpec):
+        return "u8", 1
+    size = spec.dtype.itemsize
+    element = _ELEMENTS.get(spec.dtype, "f8" if size == 1 else "u8")
+    return element, max(1, spec.state_content_size_bytes // size)

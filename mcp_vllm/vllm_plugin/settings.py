@@ -1,0 +1,59 @@
+"""From vLLM's KVTransferConfig to our configuration, and to what the offloading framework expects.
+
+The user writes `{"kv_connector": "mcp", "kv_role": "kv_both"}`, with our settings, if any, under
+`kv_connector_extra_config.mcp` (a mapping, or the path of a file). The framework reads its own keys
+from the same mapping; we fill in those that the user left out. Done in every process that builds a
+part of the connector, so it must be idempotent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mcp_vllm.config import Config
+from mcp_vllm.vllm_plugin import CONNECTOR
+
+if TYPE_CHECKING:
+    from vllm.config.kv_transfer import KVTransferConfig
+
+SETTINGS_KEY = "mcp"
+SPEC = "MCPOffloadingSpec"
+TIER = "mcp"
+
+
+def our_config(extra_config: dict[str, Any]) -> Config:
+    """Our settings as the engine's start-up left them. Raises ConfigError."""
+    return Config.load(extra_config.get(SETTINGS_KEY))
+
+
+def complete(transfer_config: KVTransferConfig) -> None:
+    """Fill in what connector `mcp` needs from the offloading framework.
+
+    Raises:
+        ConfigError: our settings are not valid.
+    """
+    extra = transfer_config.kv_connector_extra_config
+    config = our_config(extra)
+    _register_parts()
+    extra.setdefault("spec_name", SPEC)
+    extra.setdefault("cpu_bytes_to_use", int(config.host_cache_bytes))
+    # A chat's next turn contains the answer to the last one: generated tokens are worth keeping.
+    extra.setdefault("offload_prompt_only", False)
+    tiers = extra.setdefault("secondary_tiers", [])
+    if not any(tier.get("type") == TIER for tier in tiers):
+        tiers.append({"type": TIER})
+    # vLLM's default would fail the request; and it cannot be told apart from the user's own "fail".
+    transfer_config.kv_load_failure_policy = "recompute"
+
+
+def _register_parts() -> None:
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    if SPEC not in OffloadingSpecFactory._registry:
+        OffloadingSpecFactory.register_spec(SPEC, "mcp_vllm.vllm_plugin.spec", SPEC)
+    if TIER not in SecondaryTierFactory._registry:
+        SecondaryTierFactory.register_tier(TIER, "mcp_vllm.vllm_plugin.tier", "ContextTier")
+
+
+__all__ = ["CONNECTOR", "SETTINGS_KEY", "complete", "our_config"]

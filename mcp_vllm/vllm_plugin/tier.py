@@ -1,0 +1,317 @@
+"""The secondary tier behind vLLM's host chunks: a client of the context agent.
+
+Everything here runs in the scheduler's thread and returns at once; waiting, copying and deadlines
+are the link's (`mcp_vllm.link.client`). What is unknown yet is RETRY until the lookup's deadline,
+then a miss; without an agent everything is a miss and nothing is stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    OffloadingMetricMetadata,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from mcp_vllm.link import protocol
+from mcp_vllm.link.client import AgentLink, Found, JobDone
+from mcp_vllm.link.shared_memory import reopen_read_only
+from mcp_vllm.session.manifest import SessionKey
+from mcp_vllm.vllm_plugin.metrics import EngineMetrics, definitions
+
+logger = logging.getLogger(__name__)
+
+# A prompt with more chunks than this is looked up in parts, as the scheduler asks.
+MAX_PREPARED_KEYS = 100_000
+
+
+@dataclass
+class ImportReport:
+    """What the agent brought for one request; times in seconds, sizes in bytes."""
+
+    raw_bytes: int = 0
+    wire_bytes: int = 0
+    seconds: float = 0.0
+    sources: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass
+class _Request:
+    """Per-request state; `answers` holds what is known, `asked` what is under way."""
+
+    answers: dict[OffloadKey, bool] = field(default_factory=dict)
+    asked: set[OffloadKey] = field(default_factory=set)
+    to_ask: list[OffloadKey] = field(default_factory=list)
+    deadline_s: float = 0.0
+    started_s: float = 0.0
+    chains: list[list[OffloadKey]] = field(default_factory=list)
+    num_tokens: int = 0
+    report: ImportReport = field(default_factory=ImportReport)
+
+
+class ContextTier(SecondaryTierManager):
+    """See the module's docstring. The connector calls `start`, `prepare` and `conclude`."""
+
+    cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        region = self._offloading_spec._scheduler_mmap
+        self._host_fd = reopen_read_only(region.fd)
+        self._link: AgentLink | None = None
+        self._responsive = True
+        self._requests: dict[str, _Request] = {}
+        self._lookups: dict[int, tuple[str, Sequence[OffloadKey]]] = {}
+        self._next_lookup_id = 0
+        self._jobs: dict[int, TransferJob] = {}
+        self._done: list[JobResult] = []
+        self._stats = OffloadingConnectorStats()
+        self._losses_seen = 0
+
+    # ---- called by the connector ------------------------------------------------------------
+
+    def start(
+        self,
+        socket_path: str,
+        make_hello: Callable[[], protocol.Hello],
+        before_connect: Callable[[], None],
+        wait_s: float,
+    ) -> None:
+        """Begin to talk to the agent, and wait for it at most `wait_s`."""
+        host_rows = np.asarray(self._primary_kv_view).view(np.uint8)
+        link = AgentLink(socket_path, make_hello, self._host_fd, host_rows, before_connect)
+        self._link = link
+        link.start()
+        link.wait_connected(wait_s)
+
+    def prepare(
+        self, req_context: ReqContext, session: SessionKey, chains: list[list[OffloadKey]]
+    ) -> None:
+        """A request was added with these chains, one a KV cache group: look all of them up now."""
+        request = self._requests[req_context.req_id]
+        if self._link is None or not self._link.connected:
+            return
+        self._link.send(
+            protocol.Prepare(req_context.req_id, session.tenant, session.session_id or None)
+        )
+        keys = [key for chain in chains for key in chain]
+        if len(keys) <= MAX_PREPARED_KEYS:
+            request.to_ask.extend(keys)
+            self._ask(req_context.req_id, request)
+
+    def conclude(
+        self, request_id: str, chains: list[list[OffloadKey]], num_tokens: int
+    ) -> ImportReport:
+        """The request has ended with these chains, which its session remembers; what was brought?
+
+        Empty chains: it was cancelled.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return ImportReport()
+        request.chains, request.num_tokens = chains, num_tokens
+        return request.report
+
+    def count_imported_tokens(self, num_tokens: int) -> None:
+        self._stats.increase_counter(EngineMetrics.IMPORTED_TOKENS, num_tokens)
+
+    # ---- called by vLLM's tiering manager ---------------------------------------------------
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._requests[req_context.req_id] = _Request()
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        request = self._requests.get(req_context.req_id)
+        if request is None or self._link is None:
+            return LookupResult.MISS
+        if self._lookups:
+            self._take_events()
+        known = request.answers.get(key)
+        if known is not None:
+            return LookupResult.HIT if known else LookupResult.MISS
+        if not (self._link.connected and self._responsive):
+            return LookupResult.MISS
+        if key not in request.asked:
+            request.asked.add(key)
+            request.to_ask.append(key)
+            return LookupResult.RETRY
+        if request.deadline_s and time.monotonic() > request.deadline_s:
+            self._give_up_lookups(request)
+            return LookupResult.MISS
+        return LookupResult.RETRY
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        job_id, keys = job_metadata.job_id, list(job_metadata.keys)
+        self._jobs[job_id] = job_metadata
+        if self._link is None:
+            self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
+            return
+        load = protocol.Load(job_id, job_metadata.req_context.req_id, keys)
+        self._link.load(load, job_metadata.chunk_ids.tolist())
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        job_id, keys = job_metadata.job_id, list(job_metadata.keys)
+        self._jobs[job_id] = job_metadata
+        if self._link is None:
+            self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
+            return
+        self._link.send(protocol.Store(job_id, keys, job_metadata.chunk_ids.tolist()))
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        self._take_events()
+        done, self._done = self._done, []
+        return done
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        for request_id, request in self._requests.items():
+            if request.to_ask:
+                self._ask(request_id, request)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        request = self._requests.pop(req_context.req_id, None)
+        if request is None or self._link is None or not self._link.connected:
+            return
+        chains = [list(chain) for chain in request.chains]
+        self._link.send(protocol.Finish(req_context.req_id, chains, request.num_tokens))
+
+    def drain_jobs(self) -> None:
+        """Blocks until the link has ended every job, which its deadlines guarantee."""
+        while self._jobs and self._link is not None:
+            self._link.wait_event(1.0)
+            self._take_events()
+
+    def shutdown(self) -> None:
+        if self._link is not None:
+            self._link.stop()
+            self._link = None
+        if self._host_fd >= 0:
+            os.close(self._host_fd)
+            self._host_fd = -1
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        return definitions()
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        if self._link is None:
+            return None
+        stats, self._stats = self._stats, OffloadingConnectorStats()
+        stats.set_gauge(EngineMetrics.AGENT_UP, int(self._link.connected))
+        losses = self._link.counters.disconnects
+        if losses > self._losses_seen:
+            stats.increase_counter(EngineMetrics.AGENT_LOSSES, losses - self._losses_seen)
+            self._losses_seen = losses
+        return stats
+
+    # ---- our own ----------------------------------------------------------------------------
+
+    def _ask(self, request_id: str, request: _Request) -> None:
+        assert self._link is not None
+        keys, request.to_ask = request.to_ask, []
+        if not keys:
+            return
+        now_s = time.monotonic()
+        request.asked.update(keys)
+        request.started_s = request.started_s or now_s
+        request.deadline_s = now_s + self._link.lookup_s
+        lookup_id = self._next_lookup_id
+        self._next_lookup_id += 1
+        self._lookups[lookup_id] = (request_id, keys)
+        self._link.send(protocol.Lookup(lookup_id, request_id, list(keys)))
+
+    def _give_up_lookups(self, request: _Request) -> None:
+        """The deadline has passed: what is unknown is a miss, and the agent is not waited for
+        again until it says something."""
+        self._responsive = False
+        unknown = [key for key in request.asked if key not in request.answers]
+        for key in unknown:
+            request.answers[key] = False
+        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, len(unknown), ("timeout",))
+
+    def _take_events(self) -> None:
+        if self._link is None:
+            return
+        for event in self._link.poll():
+            self._responsive = True
+            if isinstance(event, Found):
+                self._take_found(event)
+            else:
+                self._end_job(event)
+
+    def _take_found(self, found: Found) -> None:
+        request_id, keys = self._lookups.pop(found.lookup_id, ("", ()))
+        request = self._requests.get(request_id)
+        if request is None or len(found.present) != len(keys):
+            return
+        for key, present in zip(keys, found.present, strict=True):
+            request.answers.setdefault(key, bool(present))
+        num_hits = sum(found.present)
+        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, num_hits, ("hit",))
+        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, len(keys) - num_hits, ("miss",))
+
+    def _end_job(self, done: JobDone) -> None:
+        job = self._jobs.pop(done.job_id, None)
+        if job is None:
+            return
+        keys = list(job.keys)
+        if job.is_promotion:
+            self._record_load(job, keys, done)
+        else:
+            self._stats.increase_counter(EngineMetrics.STORED_BYTES, done.raw_bytes)
+        self._done.append(
+            JobResult(
+                job.job_id,
+                success=not done.failed,
+                successful_keys=[k for i, k in enumerate(keys) if i not in done.failed],
+                transfer_time=time.monotonic() - job.submit_time,
+                transfer_bytes=done.raw_bytes,
+            )
+        )
+
+    def _record_load(self, job: TransferJob, keys: Sequence[OffloadKey], done: JobDone) -> None:
+        stats, m = self._stats, EngineMetrics
+        stats.increase_counter(m.LOADED_CHUNKS, len(keys) - len(done.failed))
+        stats.increase_counter(m.LOADED_BYTES, done.raw_bytes)
+        stats.increase_counter(m.WIRE_BYTES, done.wire_bytes)
+        request = self._requests.get(job.req_context.req_id)
+        if done.failed:
+            cause = done.causes[0] if done.causes else "unknown"
+            stats.increase_counter(m.FAILED_CHUNKS, len(done.failed), (cause,))
+            logger.warning(
+                "request %s: %d of %d chunks could not be brought (%s), recomputing them",
+                job.req_context.req_id,
+                len(done.failed),
+                len(keys),
+                ", ".join(done.causes) or "unknown",
+            )
+            if request is not None:
+                # Or the scheduler would ask for them again, for ever.
+                request.answers.update((keys[index], False) for index in done.failed)
+        if request is not None:
+            report = request.report
+            report.raw_bytes += done.raw_bytes
+            report.wire_bytes += done.wire_bytes
+            report.sources.update(dict.fromkeys(done.sources))
+            report.seconds = time.monotonic() - request.started_s if request.started_s else 0.0
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """The agent touches a request's chain when it finishes."""
