@@ -28,6 +28,7 @@ def register() -> None:
             version or "none",
         )
         return
+    _log_like_vllm()
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from mcp_vllm.vllm_plugin import flags
@@ -37,3 +38,12 @@ def register() -> None:
             CONNECTOR, "mcp_vllm.vllm_plugin.connector", "MCPConnector"
         )
     flags.install()
+
+
+def _log_like_vllm() -> None:
+    """Send our records where vLLM sends its own: it configures only its own logger."""
+    ours, theirs = logging.getLogger("mcp_vllm"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = theirs.handlers
+        ours.setLevel(theirs.level)
+        ours.propagate = False

@@ -110,7 +110,11 @@ def _attention_packing() -> str:
 
 
 def _hash_probe(algorithm: str) -> str:
-    """The hash of a fixed block by this process: differs when two processes hash differently."""
+    """The hash of a fixed first block by this process: differs when two processes hash differently.
+
+    Block hashes start from a seed that vLLM draws at random for hashes that are not collision
+    resistant, unless PYTHONHASHSEED is set; such an engine then shares with nobody.
+    """
     hash_function = get_hash_fn_by_name(algorithm)
-    block = kv_cache_utils.hash_block_tokens(hash_function, None, list(range(16)))
-    return bytes(block).hex()[:32]
+    none_hash = hash_function(kv_cache_utils.resolve_none_hash_seed(hash_function))
+    return bytes(hash_function((none_hash, tuple(range(16)), None))).hex()[:32]
