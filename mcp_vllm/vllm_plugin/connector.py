@@ -103,10 +103,11 @@ class MCPConnector(OffloadingConnector):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        # The first admission counts; a preempted request may load its own blocks again.
-        first = self._imported_tokens.setdefault(request.request_id, num_external_tokens)
-        if first:
-            self._tier.count_imported_tokens(first)
+        # The first admission counts: vLLM calls again when the load has ended, and a preempted
+        # request may load its own blocks.
+        if request.request_id not in self._imported_tokens:
+            self._imported_tokens[request.request_id] = num_external_tokens
+            self._tier.count_imported_tokens(num_external_tokens)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
