@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import DeepseekV2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers import AutoModelForCausalLM as AutoModel
+from transformers import DeepseekV2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
 PAD_ID, EOS_ID, BOS_ID = range(3)
