@@ -22,7 +22,7 @@ class Command:
     summary: str
 
 
-# A new command goes here. Its app is made with add_completion=False, or it grows options of its own.
+# A new command goes here. Make its app with add_completion=False, as the one below is made.
 COMMANDS = {
     "config": Command("mcp_vllm.cli.config", "Check a configuration file, show the settings."),
 }
