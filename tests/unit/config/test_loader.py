@@ -171,4 +171,9 @@ def test_any_mapping_loads_or_raises_one_line_faults(tree: dict[str, object]) ->
     except ConfigError as error:
         found = error.faults
     assert found
-    assert all(line and "\n" not in line for line in found)
+    assert all(len(line.splitlines()) == 1 for line in found)
+
+
+def test_a_key_with_a_line_break_is_reported_on_one_line() -> None:
+    (line,) = faults({"agent": {"a\nb": 1}})
+    assert line.startswith(r'given mapping: unknown key "agent.a\nb" (')
