@@ -108,4 +108,7 @@ def run(*command: str, environ: dict[str, str] | None = None, text: str = "") ->
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: run make again to go on") from None

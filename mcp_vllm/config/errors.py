@@ -12,5 +12,6 @@ class ConfigError(McpError):
     """
 
     def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
+        # A key out of a file may hold a line break; its fault is still one line.
+        self.faults = tuple(r"\n".join(fault.splitlines()) for fault in faults)
         super().__init__("\n".join(self.faults))

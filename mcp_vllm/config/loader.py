@@ -4,12 +4,13 @@ Works on any pydantic schema, so the schema may import it. Remembers where each 
 faults name their source, and `mcp-vllm config check` shows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mcp_vllm.config.errors import ConfigError
@@ -69,35 +70,40 @@ def load(
 
 
 def _from_tree(
-    schema: type[BaseModel],
-    tree: Mapping[str, object],
-    label: str,
-    faults: list[str],
-    prefix: str = "",
+    schema: type[BaseModel], tree: Mapping[str, object], label: str, faults: list[str]
 ) -> dict[str, Setting]:
-    """Flatten a file's mapping to dotted keys; keys that the schema lacks go to `faults`."""
+    """The keys that a file sets; what the schema does not know goes to `faults`."""
     settings: dict[str, Setting] = {}
-    for name, value in tree.items():
-        dotted = f"{prefix}{name}"
-        field = schema.model_fields.get(name)
+    for dotted, value, field in _flattened(schema, tree):
         if field is None:
-            faults.append(f'{label}: unknown key "{dotted}" {_nearest(schema, prefix, name)}')
-            continue
-        section = section_of(field)
-        if section is None:
+            faults.append(f'{label}: unknown key "{dotted}" {_nearest(schema, dotted)}')
+        elif section_of(field) is None:
             settings[dotted] = Setting(value, label)
-        elif isinstance(value, Mapping):
-            settings |= _from_tree(section, value, label, faults, f"{dotted}.")
         elif value is not None:  # a section whose every line is commented out reads as None
             faults.append(f"{label}: {dotted}: must hold keys of its own, not {value!r}")
     return settings
 
 
-def _nearest(schema: type[BaseModel], prefix: str, name: object) -> str:
-    """What an unknown key of a section may have meant: that section's own names, or deeper ones."""
-    own = [prefix + each for each in schema.model_fields]
-    deeper = [key.dotted for key in keys_of(schema, prefix) if key.dotted not in own]
-    return did_you_mean(f"{prefix}{name}", own, deeper)
+def _flattened(
+    schema: type[BaseModel], tree: Mapping[str, object], prefix: str = ""
+) -> Iterator[tuple[str, object, FieldInfo | None]]:
+    """Dotted name, value and field (None: unknown) of all in `tree`, sections walked into."""
+    for name, value in tree.items():
+        field = schema.model_fields.get(name)
+        section = section_of(field) if field else None
+        if section is not None and isinstance(value, Mapping):
+            yield from _flattened(section, value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value, field
+
+
+def _nearest(schema: type[BaseModel], dotted: str) -> str:
+    """What an unknown key may have meant: another key of its section first, then any key."""
+    section = dotted.rpartition(".")[0]
+    keys = [key.dotted for key in keys_of(schema)]
+    names = [*schema.model_fields] if not section else []
+    names += [key for key in keys if key.rpartition(".")[0] == section and key not in names]
+    return did_you_mean(dotted, names, [key for key in keys if key not in names])
 
 
 def _from_environ(

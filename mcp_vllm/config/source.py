@@ -72,13 +72,12 @@ class _StrictLoader(yaml.SafeLoader):
         self, node: yaml.MappingNode, deep: bool = False
     ) -> dict[Hashable, object]:
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f'key "{key_node.value}" is given twice', key_node.start_mark
+                    None, None, f'key "{key.value}" is given twice', key.start_mark
                 )
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -1,0 +1,76 @@
+"""The command `mcp-vllm`: only puts the commands together.
+
+A command's module is imported when that command is called, so `mcp-vllm --help` stays quick.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from mcp_vllm import __version__
+from mcp_vllm.errors import McpError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One entry of `mcp-vllm --help`: the module that holds its typer `app`, and its help line."""
+
+    module: str
+    summary: str
+
+
+# A new command goes here. Make its app with add_completion=False, as the one below is made.
+COMMANDS = {
+    "config": Command("mcp_vllm.cli.config", "Check a configuration file, show the settings."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Lists commands from the table above and imports one only to run it."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """What the help needs to know of a command; resolve_command gives the one to run."""
+        command = COMMANDS.get(cmd_name)
+        return command and TyperCommand(cmd_name, help=command.summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            module = importlib.import_module(COMMANDS[name].module)
+            command = typer.main.get_command(module.app)
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; an error of ours ends it with its message alone and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except McpError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mcp-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Sessions that follow the user between vLLM engines."""

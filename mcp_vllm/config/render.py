@@ -1,0 +1,34 @@
+"""Configuration as text for people: values the way they are written in a file, and a whole file."""
+
+import json
+
+from pydantic import ByteSize
+
+from mcp_vllm.config.keys import keys_of, value_of
+from mcp_vllm.config.loader import C, Loaded
+
+_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
+
+def as_text(value: object) -> str:
+    """A value as YAML that reads back as the same value; whole sizes with their unit."""
+    if isinstance(value, ByteSize):
+        return next(
+            (f"{value // n}{unit}" for unit, n in _UNITS if value % n == 0), str(int(value))
+        )
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def render(loaded: Loaded[C]) -> str:
+    """Every key as a YAML file, with the source of those that were set in a comment."""
+    lines: list[tuple[str, str]] = []
+    section = ""
+    for key in keys_of(type(loaded.config)):
+        head, _, name = key.dotted.rpartition(".")
+        if head != section:
+            section = head
+            lines.append((f"{head}:", ""))
+        text = f"{'  ' if head else ''}{name}: {as_text(value_of(loaded.config, key.dotted))}"
+        lines.append((text, loaded.sources.get(key.dotted, "")))
+    width = max(len(text) for text, source in lines if source) if loaded.sources else 0
+    return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)
