@@ -24,6 +24,8 @@ class Command:
 
 # A new command goes here. Make its app with add_completion=False, as the one below is made.
 COMMANDS = {
+    "demo": Command("mcp_vllm.cli.demo", "Move a chat between two real engines, show the saving."),
+    "agent": Command("mcp_vllm.cli.agent", "Run a context agent on its own."),
     "config": Command("mcp_vllm.cli.config", "Check a configuration file, show the settings."),
 }
 
@@ -74,3 +76,7 @@ def main(
     ] = False,
 ) -> None:
     """Sessions that follow the user between vLLM engines."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,140 @@
+"""Two hosts on one machine: each an agent that runs on its own and an engine, peers of each other.
+
+Used by the demo, the benchmarks and the integration tests. `Pair` is a context manager; whatever
+happens, its processes end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, free_port
+
+ENGINE_ARGS = ("--enforce-eager", "--max-model-len", "4096")
+START_DEADLINE_S = 300.0
+
+
+@dataclass
+class Host:
+    """One of the two hosts.
+
+    Attributes:
+        name: "A", "B", ...; in file names and tables.
+        settings: the configuration that its agent and its engine share.
+    """
+
+    name: str
+    folder: Path
+    log_folder: Path
+    settings: dict[str, Any]
+    agent: ContextAgent | None = None
+    engine: Engine | None = None
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / f"{self.name}.yaml"
+
+    @property
+    def peer_address(self) -> str:
+        return str(self.settings["agent"]["listen"])
+
+    @property
+    def agent_url(self) -> str:
+        return f"http://{self.peer_address}"
+
+    def start_agent(self) -> ContextAgent:
+        """Start the agent and wait for it. Raises EngineFailed."""
+        self.config_path.write_text(yaml.safe_dump(self.settings))
+        port = int(self.peer_address.rsplit(":", 1)[1])
+        log_path = self.log_folder / f"agent-{self.name}.log"
+        self.agent = ContextAgent.start(self.config_path, port, log_path=log_path)
+        self.agent.wait_ready(60)
+        return self.agent
+
+    def start_engine(
+        self,
+        model: Path | str,
+        extra_args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> Engine:
+        """Start the engine without waiting for it."""
+        ours = ("--kv-connector", "mcp", "--mcp-config", str(self.config_path))
+        self.engine = Engine.start(
+            model,
+            free_port(),
+            [*ENGINE_ARGS, *ours, *extra_args],
+            env,
+            log_path=self.log_folder / f"engine-{self.name}.log",
+        )
+        return self.engine
+
+    def stop(self) -> None:
+        """End the engine, then the agent."""
+        for server in (self.engine, self.agent):
+            if server is not None:
+                server.stop()
+
+
+@dataclass
+class Pair:
+    """Hosts A and B. Enter it to start both agents; start the engines as needed.
+
+    Args:
+        log_folder: where the servers' output goes.
+        settings: laid over both hosts' configuration, section by section.
+    """
+
+    log_folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    names: Sequence[str] = ("A", "B")
+    hosts: dict[str, Host] = field(default_factory=dict)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __getitem__(self, name: str) -> Host:
+        return self.hosts[name]
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mcp-vllm-")))
+            addresses = {name: f"{HOST}:{free_port()}" for name in self.names}
+            for name in self.names:
+                host = Host(name, folder, self.log_folder, self._settings(name, folder, addresses))
+                stack.callback(host.stop)
+                self.hosts[name] = host
+                host.start_agent()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def start_engines(self, model: Path | str, extra_args: Sequence[str] = ()) -> None:
+        """Start the engines of all hosts side by side and wait for them. Raises EngineFailed."""
+        for host in self.hosts.values():
+            host.start_engine(model, extra_args)
+        for host in self.hosts.values():
+            assert host.engine is not None
+            host.engine.wait_ready(START_DEADLINE_S)
+
+    def _settings(
+        self, name: str, folder: Path, addresses: Mapping[str, str]
+    ) -> dict[str, Any]:
+        agent = {"socket": str(folder / f"{name}.sock"), "listen": addresses[name]}
+        settings = json.loads(json.dumps(dict(self.settings)))
+        settings["agent"] = {**settings.get("agent", {}), **agent}
+        settings["peers"] = [address for other, address in addresses.items() if other != name]
+        return settings

@@ -1,0 +1,181 @@
+"""The demo's story: a chat on engine A goes on at engine B, before and after B is restarted."""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from mcp_vllm.demo.ask import Answer, ask
+from mcp_vllm.demo.document import QUESTIONS, research_ship_manual
+from mcp_vllm.demo.pair import START_DEADLINE_S, Host, Pair
+from mcp_vllm.errors import McpError
+
+SESSION = {"session_id": "demo-chat"}
+# Loads nothing that the engine does not hold itself.
+NO_IMPORT = {"max_load_tokens": 0}
+WARM_UP_TOKENS = 4
+
+console = Console(stderr=True)
+
+
+class DemoFailed(McpError):
+    """The demo did not show what it is there to show."""
+
+
+@dataclass(frozen=True)
+class TurnRow:
+    """One line of the table and of demo.json."""
+
+    turn: int
+    engine: str
+    prompt_tokens: int
+    imported_tokens: int
+    ttft_ms: float
+    raw_bytes: int
+    wire_bytes: int
+
+
+@dataclass
+class DemoResult:
+    """What the demo found; `tokens_identical` compares A's own turn 4 with both imports."""
+
+    model: str
+    turns: list[TurnRow] = field(default_factory=list)
+    ttft_ms: dict[str, float] = field(default_factory=dict)
+    tokens_identical: bool = False
+    answer: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """The content of demo.json."""
+        values = asdict(self)
+        values.pop("answer")
+        return values
+
+    def add(self, turn: int, engine: str, answer: Answer) -> None:
+        self.turns.append(
+            TurnRow(
+                turn,
+                engine,
+                answer.prompt_tokens,
+                answer.imported_tokens,
+                round(answer.ttft_ms, 1),
+                answer.raw_bytes,
+                answer.wire_bytes,
+            )
+        )
+
+
+def run_demo(model: str | None, output: Path, max_tokens: int) -> DemoResult:
+    """Run the story; logs go to `output`/logs.
+
+    Raises:
+        EngineFailed: a server did not start; the message holds its last log lines.
+        DemoFailed: an import brought nothing.
+    """
+    path: str | Path = model or _gemma()
+    started_s = time.monotonic()
+    with Pair(output / "logs") as pair:
+        with console.status("starting engines A and B (half a minute on two idle cores)"):
+            pair.start_engines(path)
+        console.print(f"engines A and B are ready after {time.monotonic() - started_s:.0f} s")
+        return _Story(pair, path, max_tokens).run()
+
+
+def _gemma() -> Path:
+    from mcp_vllm.demo.weights import ensure_gemma
+
+    return ensure_gemma(progress=sys.stderr.isatty())
+
+
+class _Story:
+    def __init__(self, pair: Pair, model: str | Path, max_tokens: int) -> None:
+        self._pair = pair
+        self._model = model
+        self._max_tokens = max_tokens
+        self._result = DemoResult(model=Path(model).name)
+        self._messages: list[dict[str, str]] = []
+
+    def run(self) -> DemoResult:
+        a, b = self._pair["A"], self._pair["B"]
+        for host in (a, b):
+            self._warm_up(host)
+        for turn in (1, 2, 3):
+            self._user_says(turn)
+            answer = self._ask(a, SESSION)
+            self._result.add(turn, "A", answer)
+            self._messages.append({"role": "assistant", "content": answer.text})
+        self._user_says(4)
+        moved = self._ask(b, SESSION)
+        self._result.add(4, "B", moved)
+        reference = self._ask(a, NO_IMPORT)
+        cold = self._ask(b, NO_IMPORT, salt=True)
+        self._result.add(4, "B, import off", cold)
+        restarted = self._restart_and_ask(b)
+        self._result.add(4, "B, restarted", restarted)
+        self._conclude(reference, moved, cold, restarted)
+        return self._result
+
+    def _conclude(
+        self, reference: Answer, moved: Answer, cold: Answer, restarted: Answer
+    ) -> None:
+        self._result.answer = moved.text
+        self._result.ttft_ms = {
+            "recompute": round(cold.ttft_ms, 1),
+            "import": round(moved.ttft_ms, 1),
+            "restart": round(restarted.ttft_ms, 1),
+        }
+        self._result.tokens_identical = (
+            reference.token_ids == moved.token_ids == restarted.token_ids
+        )
+        for what, answer in (("the move to B", moved), ("the restart of B", restarted)):
+            if not answer.imported_tokens:
+                raise DemoFailed(f"nothing was imported after {what}; see the logs in build/logs")
+
+    def _user_says(self, turn: int) -> None:
+        text = QUESTIONS[turn - 1]
+        if turn == 1:
+            text = f"{research_ship_manual()}\n\n{text}"
+        self._messages.append({"role": "user", "content": text})
+
+    def _ask(
+        self, host: Host, transfer_params: dict[str, object] | dict[str, str], salt: bool = False
+    ) -> Answer:
+        assert host.engine is not None
+        console.print(f"engine {host.name}: {len(self._messages) // 2 + 1}. turn ...")
+        return ask(
+            host.engine.base_url,
+            self._messages,
+            self._max_tokens,
+            transfer_params=transfer_params,
+            cache_salt=uuid.uuid4().hex if salt else None,
+        )
+
+    def _warm_up(self, host: Host) -> None:
+        """An engine's first long prompt takes several times as long as the next ones."""
+        assert host.engine is not None
+        warm_up: Sequence[dict[str, str]] = [
+            {"role": "user", "content": research_ship_manual()[::-1]}
+        ]
+        salt = uuid.uuid4().hex
+        ask(
+            host.engine.base_url,
+            warm_up,
+            WARM_UP_TOKENS,
+            transfer_params=NO_IMPORT,
+            cache_salt=salt,
+        )
+
+    def _restart_and_ask(self, host: Host) -> Answer:
+        assert host.engine is not None
+        host.engine.stop()
+        with console.status("restarting engine B; its agent stays"):
+            engine = host.start_engine(self._model)
+            engine.wait_ready(START_DEADLINE_S)
+        self._warm_up(host)
+        return self._ask(host, SESSION)
