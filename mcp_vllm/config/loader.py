@@ -150,6 +150,6 @@ def _fault(error: ErrorDetails, settings: Mapping[str, Setting]) -> str:
     message = _PLAIN_WORDS.get(error["type"], error["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should be", "must be")
     line = f"{place}: {message}"
-    if error["type"] not in ("value_error", "plain_listen"):
+    if names and error["type"] != "value_error":  # those messages hold the value already
         line += f" (got {error['input']!r})"
     return f"{settings[dotted].source}: {line}" if dotted in settings else line
