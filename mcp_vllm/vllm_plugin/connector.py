@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.request import RequestStatus
 
+from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
 from mcp_vllm.link.supervisor import AgentSupervisor
 from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey, SessionNameError, checked_name
@@ -48,21 +49,22 @@ class MCPConnector(OffloadingConnector):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
-        settings.complete(vllm_config.kv_transfer_config)
+        config = settings.complete(vllm_config.kv_transfer_config)
         super().__init__(vllm_config, role, kv_cache_config)
         self._supervisor: AgentSupervisor | None = None
         self._imported_tokens: dict[str, int] = {}
         if role == KVConnectorRole.SCHEDULER:
-            self._start_tier(vllm_config, kv_cache_config)
+            self._start_tier(config, vllm_config, kv_cache_config)
 
     @property
     def _tier(self) -> ContextTier:
         tiers = self.scheduler.manager.secondary_tiers
         return next(tier for tier in tiers if isinstance(tier, ContextTier))
 
-    def _start_tier(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-        transfer_config = vllm_config.kv_transfer_config
-        config = settings.our_config(transfer_config.kv_connector_extra_config)
+    def _start_tier(
+        self, config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> None:
+        engine_id = vllm_config.kv_transfer_config.engine_id
         tier = self._tier
         spec = tier._offloading_spec
         layouts = group_layouts(spec, kv_cache_config)
@@ -71,7 +73,7 @@ class MCPConnector(OffloadingConnector):
             fingerprint = engine_fingerprint(vllm_config, kv_cache_config, spec, layouts)
             return protocol.Hello(
                 protocol=protocol.PROTOCOL_VERSION,
-                engine_id=transfer_config.engine_id,
+                engine_id=engine_id,
                 pid=os.getpid(),
                 fingerprint=dict(fingerprint.fields),
                 chunk_bytes=spec.kv_bytes_per_chunk,
@@ -81,7 +83,7 @@ class MCPConnector(OffloadingConnector):
 
         socket_path = config.agent.socket
         if socket_path is None:
-            socket_path = _own_socket(transfer_config.engine_id)
+            socket_path = _own_socket(engine_id)
             if spec.config.parallel.data_parallel_index == 0:
                 self._supervisor = AgentSupervisor(config.to_json(), str(socket_path))
         start_agent = self._supervisor.ensure_running if self._supervisor else _nothing

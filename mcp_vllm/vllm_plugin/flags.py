@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +18,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from mcp_vllm.config import Address, Config, ConfigError
 from mcp_vllm.errors import McpError
-from mcp_vllm.vllm_plugin import CONNECTOR
-from mcp_vllm.vllm_plugin.settings import SETTINGS_KEY
+from mcp_vllm.vllm_plugin import CONNECTOR, settings
+from mcp_vllm.vllm_plugin.settings import RESOLVED_KEY, SETTINGS_KEY
 
 SESSION_MIDDLEWARE = "mcp_vllm.vllm_plugin.session_header.SessionHeaderMiddleware"
 _INSTALLED = "_mcp_vllm_flags"
@@ -114,9 +113,9 @@ def _add_settings(
             "--mcp-config contradicts --kv-transfer-config, which has settings under "
             f"kv_connector_extra_config.{SETTINGS_KEY}: give one of them"
         )
-    config = Config.load(mcp_config or extra.get(SETTINGS_KEY), peers=tuple(mcp_peer or ()))
-    # Resolved here, where relative paths and the environment are the user's, for all processes.
-    extra[SETTINGS_KEY] = json.loads(config.to_json())
+    if RESOLVED_KEY not in extra:
+        source = mcp_config or extra.get(SETTINGS_KEY)
+        settings.resolve(extra, Config.load(source, peers=tuple(mcp_peer or ())))
 
 
 def _valid_config(text: str) -> str:

@@ -11,29 +11,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_vllm.config import Config
-from mcp_vllm.vllm_plugin import CONNECTOR
-
 if TYPE_CHECKING:
     from vllm.config.kv_transfer import KVTransferConfig
 
 SETTINGS_KEY = "mcp"
+# Our whole configuration as JSON, once files, flags and environment have been merged: the processes
+# that get it must not merge the environment again, over the flags.
+RESOLVED_KEY = "mcp_resolved"
 SPEC = "MCPOffloadingSpec"
 TIER = "mcp"
 
 
-def our_config(extra_config: dict[str, Any]) -> Config:
-    """Our settings as the engine's start-up left them. Raises ConfigError."""
-    return Config.load(extra_config.get(SETTINGS_KEY))
+def resolve(extra_config: dict[str, Any], config: Config | None = None) -> Config:
+    """Our configuration; settles it for all processes on the first call, or to `config`.
+
+    Raises:
+        ConfigError: the user's settings are not valid.
+    """
+    if config is None and RESOLVED_KEY in extra_config:
+        return Config.from_json(extra_config[RESOLVED_KEY])
+    config = config or Config.load(extra_config.get(SETTINGS_KEY))
+    extra_config[RESOLVED_KEY] = config.to_json()
+    return config
 
 
-def complete(transfer_config: KVTransferConfig) -> None:
+def complete(transfer_config: KVTransferConfig) -> Config:
     """Fill in what connector `mcp` needs from the offloading framework.
 
     Raises:
         ConfigError: our settings are not valid.
     """
     extra = transfer_config.kv_connector_extra_config
-    config = our_config(extra)
+    config = resolve(extra)
     _register_parts()
     extra.setdefault("spec_name", SPEC)
     extra.setdefault("cpu_bytes_to_use", int(config.host_cache_bytes))
@@ -44,6 +53,7 @@ def complete(transfer_config: KVTransferConfig) -> None:
         tiers.append({"type": TIER})
     # vLLM's default would fail the request; and it cannot be told apart from the user's own "fail".
     transfer_config.kv_load_failure_policy = "recompute"
+    return config
 
 
 def _register_parts() -> None:
@@ -55,5 +65,3 @@ def _register_parts() -> None:
     if TIER not in SecondaryTierFactory._registry:
         SecondaryTierFactory.register_tier(TIER, "mcp_vllm.vllm_plugin.tier", "ContextTier")
 
-
-__all__ = ["CONNECTOR", "SETTINGS_KEY", "complete", "our_config"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from vllm.platforms import current_platform
-from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingWorker
+from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingWorker
+from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
@@ -11,7 +14,24 @@ from mcp_vllm.vllm_plugin.cpu_worker import HostCopyWorker
 
 
 class MCPOffloadingSpec(TieringOffloadingSpec):
-    """On CUDA and XPU exactly vLLM's spec; on CPU the same with our copy worker."""
+    """On CUDA and XPU vLLM's own copies; on CPU the same with our copy worker."""
+
+    _name_dropped = False
+
+    def get_manager(self) -> OffloadingManager:
+        manager = super().get_manager()
+        region = self._scheduler_mmap
+        if region is not None and not region._creator and not self._name_dropped:
+            # The workers made the file, and all have mapped it before the scheduler exists: with
+            # its name gone nothing is left in shared memory, however the engine ends.
+            self._name_dropped = True
+            os.unlink(region.mmap_path)
+        return manager
+
+    def create_worker(self, kv_caches: CanonicalKVCaches) -> CPUOffloadingWorker:
+        worker = super().create_worker(kv_caches)
+        worker._mmap_region._creator = False  # the scheduler's side drops the name
+        return worker
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if not current_platform.is_cpu():
@@ -28,6 +48,7 @@ class MCPOffloadingSpec(TieringOffloadingSpec):
             kv_bytes_per_chunk=self.kv_bytes_per_chunk,
             cpu_page_size=self.cpu_page_size_per_worker,
         )
+        region._creator = False
         try:
             return HostCopyWorker(kv_caches, self.blocks_per_chunk, region)
         except Exception:
