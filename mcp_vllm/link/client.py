@@ -212,8 +212,9 @@ class AgentLink:
                     )
                     warned = True
             except Exception:
+                # A fault of ours must not leave the engine's jobs without an answer.
                 logger.exception("the link to the context agent failed: serving without it")
-                return
+                delay_s = RECONNECT_MAX_S
             finally:
                 self._disconnect()
             self._idle(delay_s)
