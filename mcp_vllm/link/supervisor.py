@@ -11,7 +11,9 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from mcp_vllm.link.client import AgentStarting
 from mcp_vllm.link.protocol import LinkError
@@ -21,6 +23,13 @@ logger = logging.getLogger(__name__)
 READY_LINE = b"ready\n"
 START_DEADLINE_S = 30.0
 STOP_GRACE_S = 3.0
+
+
+def own_socket_path(engine_id: str) -> Path:
+    """Where this host's engines find the agent that rank 0 starts; ranks differ in `_dp<rank>`."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    name = engine_id.rsplit("_dp", 1)[0]
+    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name[:48]}.sock"
 
 
 class AgentSupervisor:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
@@ -24,7 +22,7 @@ from vllm.v1.request import RequestStatus
 
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
-from mcp_vllm.link.supervisor import AgentSupervisor
+from mcp_vllm.link.supervisor import AgentSupervisor, own_socket_path
 from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey, SessionNameError, checked_name
 from mcp_vllm.vllm_plugin import settings
 from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
@@ -83,7 +81,7 @@ class MCPConnector(OffloadingConnector):
 
         socket_path = config.agent.socket
         if socket_path is None:
-            socket_path = _own_socket(engine_id)
+            socket_path = own_socket_path(engine_id)
             if spec.config.parallel.data_parallel_index == 0:
                 self._supervisor = AgentSupervisor(config.to_json(), str(socket_path))
         start_agent = self._supervisor.ensure_running if self._supervisor else _nothing
@@ -151,13 +149,6 @@ class MCPConnector(OffloadingConnector):
 
 def _nothing() -> None:
     """The agent runs on its own."""
-
-
-def _own_socket(engine_id: str) -> Path:
-    """Where this host's engines find the agent that rank 0 starts; ranks differ in `_dp<rank>`."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    name = engine_id.rsplit("_dp", 1)[0]
-    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name[:48]}.sock"
 
 
 def _session_of(request: Request) -> SessionKey:
