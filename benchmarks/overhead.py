@@ -58,7 +58,9 @@ def main() -> None:
         rates = measure({"plain": plain, "mcp": mcp}, args)
     report(console, rates, args)
     if args.json:
-        args.json.write_text(json.dumps({"setting": describe(), "tokens_s": rates}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"setting": describe(), "tokens_s": rates}, indent=2) + "\n"
+        )
 
 
 def start(model: str | Path, name: str, extra: tuple[str, ...], logs: Path) -> Engine:
@@ -99,9 +101,7 @@ def run_round(engine: Engine, args: argparse.Namespace) -> float:
     return args.requests * args.output_tokens / (time.perf_counter() - started_s)
 
 
-def report(
-    console: Console, rates: dict[str, list[float]], args: argparse.Namespace
-) -> None:
+def report(console: Console, rates: dict[str, list[float]], args: argparse.Namespace) -> None:
     table = Table(
         title=f"Output throughput, {args.requests} unique prompts of {args.prompt_words} words a "
         f"round, {args.output_tokens} tokens out, {args.concurrency} at once"

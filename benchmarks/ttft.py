@@ -123,7 +123,12 @@ def report(console: Console, measured: dict[str, list[float]]) -> None:
         table.add_column(name, justify="right")
     for case, times in measured.items():
         median = statistics.median(times)
-        figures = (f"{median:.0f}", f"{min(times):.0f}", f"{max(times):.0f}", f"{median / base:.3f}")
+        figures = (
+            f"{median:.0f}",
+            f"{min(times):.0f}",
+            f"{max(times):.0f}",
+            f"{median / base:.3f}",
+        )
         table.add_row(case, *figures)
     console.print(table)
     console.print(one_line())

@@ -115,9 +115,7 @@ class HttpApi:
             for _, task in ahead:
                 task.cancel()
 
-    async def _send_frame(
-        self, response: web.StreamResponse, index: int, frame: bytes
-    ) -> None:
+    async def _send_frame(self, response: web.StreamResponse, index: int, frame: bytes) -> None:
         head = wire.FRAME_HEAD.pack(index, len(frame))
         await response.write(head)
         await response.write(frame)

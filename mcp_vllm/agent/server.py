@@ -121,7 +121,9 @@ class Agent:
             return await _bind(runner, host, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not may_move:
-                raise AgentError(f"agent.listen: cannot listen at {host}:{port}: {error}") from error
+                raise AgentError(
+                    f"agent.listen: cannot listen at {host}:{port}: {error}"
+                ) from error
         moved = await _bind(runner, host, 0)
         logger.warning(
             "port %d is taken; peers reach this agent at %s:%d (set agent.listen to choose)",

@@ -127,9 +127,7 @@ class Pair:
             assert host.engine is not None
             host.engine.wait_ready(START_DEADLINE_S)
 
-    def _settings(
-        self, name: str, folder: Path, addresses: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _settings(self, name: str, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
         agent = {"socket": str(folder / f"{name}.sock"), "listen": addresses[name]}
         settings = json.loads(json.dumps(dict(self.settings)))
         settings["agent"] = {**settings.get("agent", {}), **agent}

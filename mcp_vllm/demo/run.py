@@ -123,9 +123,7 @@ class _Story:
         self._conclude(reference, moved, cold, restarted)
         return self._result
 
-    def _conclude(
-        self, reference: Answer, moved: Answer, cold: Answer, restarted: Answer
-    ) -> None:
+    def _conclude(self, reference: Answer, moved: Answer, cold: Answer, restarted: Answer) -> None:
         self._result.answer = moved.text.split(ANSWER_ENDS[0])[0]
         self._result.ttft_ms = {
             "recompute": round(cold.ttft_ms, 1),

@@ -17,11 +17,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 
-<<<<<<< HEAD
 from mcp_vllm.errors import McpError
-=======
-from mcp_vllm.cache_folder import cache_root
->>>>>>> docs
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.weights_identity import weights_identity
@@ -83,13 +79,8 @@ def _weights(vllm_config: VllmConfig) -> str:
     if str(vllm_config.load_config.load_format) == "dummy":
         return f"dummy seed {model.seed}"
     try:
-<<<<<<< HEAD
         return weights_identity(_model_path(model), cache_root())
     except (McpError, OSError) as error:
-=======
-        return weights_identity(_model_path(model), cache_root())
-    except (WeightsNotFound, OSError) as error:
->>>>>>> docs
         return f"unknown {uuid.uuid4().hex} ({error})"
 
 

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="integration tests run real vLLM engines")
 
-from mcp_vllm.demo.pair import Pair  # noqa: E402
-from tests.tiny_models import write_tiny_model  # noqa: E402
+from mcp_vllm.demo.pair import Pair
+from tests.tiny_models import write_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE_READER = ("--worker-extension-cls", "tests.integration.page_reader.PageReader")
