@@ -43,12 +43,16 @@ class Agent:
         socket_path: where engines connect; created with access for this user only.
         owned: started by an engine host: end when standard input ends, and fall back to any free
             port when the default one is taken.
+
+    Attributes:
+        port: where peers reach it, once it listens.
     """
 
     def __init__(self, config: Config, socket_path: Path, owned: bool) -> None:
         self._config = config
         self._socket_path = socket_path
         self._owned = owned
+        self.port: int | None = None
         self._context = AgentContext(config)
         self._encoder = Encoder(self._context)
         self._engines: set[asyncio.Task[None]] = set()
@@ -73,9 +77,10 @@ class Agent:
             access_log=None,
             shutdown_timeout=SHUTDOWN_GRACE_S,
         )
+        background: list[asyncio.Task[None]] = []
         try:
             await runner.setup()
-            port = await self._listen_for_peers(runner)
+            self.port = port = await self._listen_for_peers(runner)
             logger.info(
                 "context agent %s: engines at %s, peers at port %d, %d MiB for chunks",
                 self._context.agent_id,
@@ -85,13 +90,13 @@ class Agent:
             )
             sys.stdout.buffer.write(READY_LINE)
             sys.stdout.flush()
-            background = [
+            background += [
                 asyncio.create_task(self._accept(listener)),
                 asyncio.create_task(self._encoder.run()),
             ]
             await stop.wait()
-            await _cancel(background + list(self._engines))
         finally:
+            await _cancel(background + list(self._engines))
             listener.close()
             self._socket_path.unlink(missing_ok=True)
             await runner.cleanup()
