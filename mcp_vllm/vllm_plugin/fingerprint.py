@@ -17,6 +17,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 
+from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.session.fingerprint import Fingerprint

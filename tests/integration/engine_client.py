@@ -1,4 +1,4 @@
-"""What the integration tests ask of a real engine: greedy tokens with their runners-up, KV pages."""
+"""What integration tests ask of a real engine: greedy tokens with runners-up, KV pages."""
 
 import json
 import urllib.request
