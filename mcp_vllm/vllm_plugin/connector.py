@@ -18,7 +18,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
-from vllm.v1.request import RequestStatus
 
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
@@ -117,10 +116,16 @@ class MCPConnector(OffloadingConnector):
         status = self.scheduler._req_status.get(request.request_id)
         if status is None:
             return delay_free, params
-        chains = [list(state.offload_keys) for state in status.group_states]
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            chains = []
-        report = self._tier.conclude(request.request_id, chains, request.num_tokens)
+        # A request that was cancelled counts as far as it came: vLLM ends one that met a stop text
+        # the same way.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        chains = [
+            state.offload_keys[: num_tokens // group.tokens_per_chunk]
+            for group, state in zip(
+                self.scheduler.config.kv_group_configs, status.group_states, strict=True
+            )
+        ]
+        report = self._tier.conclude(request.request_id, chains, num_tokens)
         session = _session_of(request)
         imported_from = list(report.sources) or (["host"] if imported_tokens else [])
         ours = {
