@@ -23,6 +23,7 @@ class Breaker:
     _failures: int = 0
     _backoff_s: float = BACKOFF_MIN_S
     _open_until_s: float | None = None
+    _on_trial: bool = False
 
     @property
     def is_closed(self) -> bool:
@@ -36,17 +37,20 @@ class Breaker:
         if now_s < self._open_until_s:
             return False
         self._open_until_s = now_s + self._backoff_s
+        self._on_trial = True
         return True
 
     def succeeded(self) -> None:
         self._failures = 0
         self._backoff_s = BACKOFF_MIN_S
         self._open_until_s = None
+        self._on_trial = False
 
     def failed(self) -> None:
         self._failures += 1
-        if self._open_until_s is not None:
+        if self._on_trial:
+            self._on_trial = False
             self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
-        elif self._failures < FAILURES_TO_OPEN:
-            return
+        elif self._open_until_s is not None or self._failures < FAILURES_TO_OPEN:
+            return  # asked before it opened: many requests failing at once are one outage
         self._open_until_s = self.clock() + self._backoff_s

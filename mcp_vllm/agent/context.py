@@ -20,6 +20,9 @@ from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 T = TypeVar("T")
 
+# Engines of that many kinds are remembered, the latest to connect last.
+MAX_NAMESPACES = 256
+
 
 @dataclass
 class Activity:
@@ -64,8 +67,11 @@ class AgentContext:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     def learn_fingerprint(self, fingerprint: Fingerprint) -> bytes:
-        """Remember an engine's fingerprint; returns its namespace."""
+        """Remember an engine's fingerprint as the latest; returns its namespace."""
+        self.fingerprints.pop(fingerprint.digest, None)
         self.fingerprints[fingerprint.digest] = fingerprint
+        while len(self.fingerprints) > MAX_NAMESPACES:
+            del self.fingerprints[next(iter(self.fingerprints))]
         return fingerprint.digest
 
     def close(self) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.codec import Codec, encode_frame
 from mcp_vllm.store.ram import Chunk, ChunkKey
+
+logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05
 RAW_SHARE = 0.25
@@ -50,9 +53,17 @@ class Encoder:
                 self._work.clear()
                 await self._work.wait()
             elif self._may_encode():
-                await self.frame(*waiting)
+                await self._encode_quietly(*waiting)
             else:
                 await self._wait_for_idle()
+
+    async def _encode_quietly(self, name: ChunkKey, chunk: Chunk) -> None:
+        """Encode; a chunk that cannot be is dropped, or it would be tried for ever."""
+        try:
+            await self.frame(name, chunk)
+        except Exception as error:
+            logger.error("chunk %s cannot be encoded and was dropped: %r", name.key.hex(), error)
+            self._context.store.discard(name)
 
     def _may_encode(self) -> bool:
         size = self._context.store.size()
@@ -79,4 +90,4 @@ class Encoder:
 def _encode(name: ChunkKey, chunk: Chunk, codec: Codec) -> bytes:
     raw = chunk.raw
     assert raw is not None
-    return encode_frame(name.key, memoryview(raw), chunk.layout, codec)
+    return encode_frame(name.key, raw.data, chunk.layout, codec)

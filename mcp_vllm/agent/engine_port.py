@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from mcp_vllm.link.shared_memory import (
     send_with_fd,
 )
 from mcp_vllm.link.spans import check_spans, gather
-from mcp_vllm.session.fingerprint import MAX_FIELDS, Fingerprint
+from mcp_vllm.session.fingerprint import MAX_FIELDS, MAX_VALUE_CHARS, Fingerprint
 from mcp_vllm.session.manifest import SessionKey
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
@@ -54,9 +55,9 @@ def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
     Raises:
         McpError or OSError: it is no engine of ours; it has been told why where possible.
     """
-    sock.settimeout(HANDSHAKE_S)
     _check_same_user(sock)
-    body, fd = receive_with_fd(sock)
+    body, fd = receive_with_fd(sock, HANDSHAKE_S)
+    sock.settimeout(HANDSHAKE_S)
     try:
         hello = protocol.unpack_engine(body)
         if not isinstance(hello, protocol.Hello) or fd is None:
@@ -64,7 +65,7 @@ def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
         try:
             _check_hello(hello)
             host = map_rows(fd, hello.num_chunks, hello.chunk_bytes, writable=False)
-        except (ValueError, McpError) as error:
+        except (ValueError, OSError, McpError) as error:
             send_with_fd(sock, protocol.pack(protocol.Refused(str(error))), None)
             raise LinkError(f"engine {hello.engine_id} refused: {error}") from error
     finally:
@@ -72,6 +73,17 @@ def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
             os.close(fd)
     slot_bytes = max(group.raw_bytes for group in hello.groups)
     slots = LandingSlots(slot_bytes, context.config.agent.landing_bytes)
+    try:
+        _welcome(sock, context, slots)
+    except BaseException:
+        slots.close()
+        host.close()
+        raise
+    sock.setblocking(False)
+    return EnginePort(hello, host, slots)
+
+
+def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) -> None:
     welcome = protocol.Welcome(
         agent_id=context.agent_id,
         slot_bytes=slots.slot_bytes,
@@ -84,8 +96,6 @@ def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
         send_with_fd(sock, protocol.pack(welcome), landing_fd)
     finally:
         os.close(landing_fd)
-    sock.setblocking(False)
-    return EnginePort(hello, host, slots)
 
 
 def _check_same_user(sock: socket.socket) -> None:
@@ -103,6 +113,9 @@ def _check_hello(hello: protocol.Hello) -> None:
         )
     if not hello.groups or len(hello.fingerprint) > MAX_FIELDS:
         raise LinkError("an engine needs at least one KV cache group and a sane fingerprint")
+    for name, value in hello.fingerprint.items():
+        if len(name) > MAX_VALUE_CHARS or len(value) > MAX_VALUE_CHARS:
+            raise LinkError(f"fingerprint field {name[:64]!r} exceeds {MAX_VALUE_CHARS} characters")
     for group in hello.groups:
         check_spans(group.spans, hello.chunk_bytes)
         _ = group.codec_layout
@@ -142,8 +155,10 @@ class EnginePort:
                 self._handle(protocol.unpack_engine(await reader.readexactly(size)))
         except (asyncio.IncompleteReadError, ConnectionError):
             logger.info("engine %s disconnected", self.hello.engine_id)
-        except (McpError, ValueError, IndexError) as error:
+        except (McpError, ValueError) as error:
             logger.error("engine %s broke the protocol: %s", self.hello.engine_id, error)
+        except Exception:
+            logger.exception("engine %s cannot be served any more", self.hello.engine_id)
         finally:
             context.metrics.engines.dec()
             await self._close()
@@ -164,12 +179,16 @@ class EnginePort:
             case protocol.Prepare():
                 self._prepare(message)
             case protocol.Lookup():
+                self._check_keys(message.keys)
                 self._start(self._lookup(message))
             case protocol.Load():
+                self._check_keys(message.keys)
                 self._start(self._load(message))
             case protocol.Release():
                 self._slots.release(message.slots)
             case protocol.Store():
+                self._check_keys(message.keys)
+                self._check_chunk_ids(message)
                 self._start(self._store(message))
             case protocol.Commit():
                 self._commit(message.job_id)
@@ -180,14 +199,30 @@ class EnginePort:
             case protocol.Hello():
                 raise LinkError("a second Hello")
 
-    def _start(self, work: Any) -> None:
+    def _check_keys(self, keys: list[bytes]) -> None:
+        for key in keys:
+            if not 4 < len(key) <= protocol.MAX_KEY_BYTES:
+                raise LinkError(f"a key of {len(key)} bytes")
+            if group_index(key) >= len(self.hello.groups):
+                raise LinkError(f"key {key.hex()} is of a group that the Hello did not name")
+
+    def _check_chunk_ids(self, message: protocol.Store) -> None:
+        if len(message.chunk_ids) != len(message.keys):
+            raise LinkError(f"{len(message.keys)} keys for {len(message.chunk_ids)} host chunks")
+        for chunk_id in message.chunk_ids:
+            if not 0 <= chunk_id < self.hello.num_chunks:
+                raise LinkError(f"host chunk {chunk_id} does not exist")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, ConnectionError):  # the engine went away: `serve` notes that
             logger.error("engine %s: %r", self.hello.engine_id, error, exc_info=error)
 
     async def _send(self, message: protocol.AgentMessage) -> None:
@@ -208,7 +243,7 @@ class EnginePort:
             )
             absent = [key for key, has in zip(message.keys, present, strict=True) if not has]
             context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
-            if absent and len(self._peers):
+            if absent and len(self._peers) and message.request_id in self._requests:
                 deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
                 holders = await self._peers.locate(self._fingerprint, absent, deadline_s)
                 request = self._requests.get(message.request_id)
@@ -223,8 +258,6 @@ class EnginePort:
         await self._send(protocol.Found(message.lookup_id, bytes(present)))
 
     async def _load(self, message: protocol.Load) -> None:
-        for key in message.keys:
-            _ = self.hello.groups[group_index(key)]
         request = self._requests.get(message.request_id)
         job = LoadJob(
             context=self._context,
@@ -264,7 +297,8 @@ class EnginePort:
     def _commit(self, job_id: int) -> None:
         chunks = self._uncommitted.pop(job_id, [])
         for name, chunk in reversed(chunks):
-            self._context.store.put(name, chunk)
+            if not self._context.store.put(name, chunk):
+                continue
             self._context.metrics.stored_chunks.inc()
             self._context.metrics.stored_raw_bytes.inc(chunk.raw_bytes)
         self._encoder.notify()

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Frames encoded ahead of the one being sent, so that encoding and sending overlap.
 ENCODE_AHEAD = 4
+# A peer that does not take a slice of a frame for this long is not reading any more.
+SLICE_BYTES = 256 << 10
+SEND_STALL_S = 30.0
 
 
 class HttpApi:
@@ -55,6 +58,7 @@ class HttpApi:
                 "version": __version__,
                 "agent_id": self._context.agent_id,
                 "engines": int(self._context.metrics.engines._value.get()),
+                "busy_requests": self._context.activity.busy_requests,
                 "chunks": size.num_chunks,
                 "raw_chunks_bytes": size.raw_held_bytes,
                 "held_bytes": size.held_bytes,
@@ -114,12 +118,11 @@ class HttpApi:
             for _, task in ahead:
                 task.cancel()
 
-    async def _send_frame(
-        self, response: web.StreamResponse, index: int, frame: bytes
-    ) -> None:
+    async def _send_frame(self, response: web.StreamResponse, index: int, frame: bytes) -> None:
         head = wire.FRAME_HEAD.pack(index, len(frame))
-        await response.write(head)
-        await response.write(frame)
+        await _write(response, head)
+        for start in range(0, len(frame), SLICE_BYTES):
+            await _write(response, memoryview(frame)[start : start + SLICE_BYTES])
         self._context.metrics.wire_sent_bytes.inc(len(head) + len(frame))
         self._context.metrics.sent_chunks.inc()
 
@@ -147,6 +150,15 @@ class HttpApi:
     def _fingerprints(self) -> list[dict[str, str]]:
         known = list(self._context.fingerprints.values())
         return [dict(fingerprint.fields) for fingerprint in known[-wire.MAX_FINGERPRINTS :]]
+
+
+async def _write(response: web.StreamResponse, part: bytes | memoryview) -> None:
+    """Send it. Raises ConnectionError when the peer does not read."""
+    try:
+        async with asyncio.timeout(SEND_STALL_S):
+            await response.write(part)
+    except TimeoutError as error:
+        raise ConnectionResetError("the peer does not read what it asked for") from error
 
 
 @web.middleware

@@ -27,18 +27,22 @@ class LandingSlots:
         self.fd = create_memory("mcp-landing", self.num_slots * self.slot_bytes)
         self._mapped = map_rows(self.fd, self.num_slots, self.slot_bytes, writable=True)
         self._free = deque(range(self.num_slots))
+        self._used: set[int] = set()
         self._available = asyncio.Semaphore(self.num_slots)
 
     async def acquire(self) -> int:
         """A free slot; waits for one."""
         await self._available.acquire()
-        return self._free.popleft()
+        slot = self._free.popleft()
+        self._used.add(slot)
+        return slot
 
     def release(self, slots: list[int]) -> None:
         """Give slots back. Raises ValueError for one that is not out."""
         for slot in slots:
-            if not 0 <= slot < self.num_slots or slot in self._free:
+            if slot not in self._used:
                 raise ValueError(f"landing slot {slot} is not in use")
+            self._used.remove(slot)
             self._free.append(slot)
             self._available.release()
 

@@ -7,6 +7,7 @@ engine recomputes it. Frames are verified before they become visible to the engi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.peer import Peer, PeerFailure
-from mcp_vllm.codec import CodecError, decode_frame_into
+from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
 from mcp_vllm.link.protocol import GroupLayout, Landed, Loaded, group_index
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
@@ -25,6 +26,20 @@ logger = logging.getLogger(__name__)
 
 Holders = Mapping[bytes, Sequence[Peer]]
 LOCAL = "agent"
+
+
+@dataclass
+class _Outcome:
+    """How one fetch from one peer went.
+
+    Attributes:
+        damage: the first frame that was not what it claimed to be.
+        is_counted: the stream failed, which the peer has counted.
+    """
+
+    num_landed: int = 0
+    damage: CodecError | None = None
+    is_counted: bool = False
 
 
 @dataclass
@@ -64,7 +79,15 @@ class LoadJob:
         except TimeoutError:
             self._causes["timeout"] = None
             if self._asked is not None:
-                self._asked.note_failure("timeout", f"a load took longer than {deadline_s} s")
+                detail = f"a load took longer than {deadline_s:g} s"
+                self._asked.note_failure("timeout", detail, fetching=True)
+        except Exception as error:
+            if isinstance(error, ExceptionGroup) and error.subgroup(ConnectionError):
+                raise ConnectionError("the engine went away") from error
+            self._causes["internal"] = None
+            logger.exception("a load failed")
+        # Parents are younger than their children again, whatever order they came in.
+        self.context.store.touch([self._name(index) for index in range(len(self.keys))])
         self._report()
         await self.send(
             Loaded(
@@ -113,25 +136,36 @@ class LoadJob:
         bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in wanted]
         # Decoding keeps up with the stream or slows it down: never more frames than this at once.
         room = asyncio.Semaphore(2 * self.context.codec_threads + 2)
-        async with asyncio.TaskGroup() as tasks:
+        outcome = _Outcome()
+        async with (
+            asyncio.TaskGroup() as tasks,
+            contextlib.aclosing(peer.fetch(self.namespace, keys, bounds)) as frames,
+        ):
             try:
-                async for position, frame in peer.fetch(self.namespace, keys, bounds):
+                async for position, frame in frames:
                     await room.acquire()
-                    task = tasks.create_task(self._land_fetched(peer, wanted[position], frame))
-                    task.add_done_callback(lambda _: room.release())
+                    landing = self._land_fetched(peer, wanted[position], frame, outcome)
+                    tasks.create_task(landing).add_done_callback(lambda _: room.release())
             except PeerFailure as failure:
-                # What came before the failure is whole and lands.
+                # What came before the failure is whole and lands. The peer has counted it.
                 self._causes[failure.cause] = None
+                outcome.is_counted = True
+        if outcome.damage is not None:
+            cause = "checksum" if isinstance(outcome.damage, ChecksumError) else "malformed"
+            self._causes[cause] = None
+            peer.note_failure(cause, str(outcome.damage), fetching=True)
+        elif outcome.num_landed and not outcome.is_counted:
+            peer.note_fetched()
 
-    async def _land_fetched(self, peer: Peer, index: int, frame: bytes) -> None:
+    async def _land_fetched(self, peer: Peer, index: int, frame: bytes, outcome: _Outcome) -> None:
         group = self._group(index)
         self._wire_bytes += len(frame)
         try:
             await self._land(index, lambda out: _decode(frame, out, self.keys[index]))
         except CodecError as error:
-            self._causes["checksum"] = None
-            peer.note_failure("checksum", str(error))
+            outcome.damage = outcome.damage or error
             return
+        outcome.num_landed += 1
         self._sources[peer.name] = None
         self.context.metrics.loaded_chunks.labels("peer").inc()
         chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame)
@@ -159,7 +193,7 @@ class LoadJob:
             # A pool thread may still be writing into the slot: it is free when that has ended.
             work.add_done_callback(lambda done: self._release_after(done, slot))
             raise
-        except CodecError:
+        except Exception:
             self.slots.release([slot])
             raise
         await self.send(Landed(self.job_id, [(index, slot)]))
@@ -195,4 +229,6 @@ def _restore(chunk: Chunk, out: memoryview, key: bytes) -> None:
     if frame is not None:
         decode_frame_into(frame, out, key=key)
     elif raw is not None:
+        if raw.nbytes != out.nbytes:
+            raise CodecError(f"chunk {key.hex()} has {raw.nbytes} bytes, not {out.nbytes}")
         np.copyto(np.frombuffer(out, dtype=np.uint8), raw)

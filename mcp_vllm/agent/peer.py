@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import aiohttp
 
@@ -20,6 +20,9 @@ from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 logger = logging.getLogger(__name__)
+
+# Of what a peer says, this much goes into a log line.
+MAX_DETAIL_CHARS = 500
 
 
 class PeerFailure(McpError):
@@ -49,6 +52,7 @@ class Peer:
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=stall_s, sock_read=stall_s, connect=stall_s
         )
+        self._fetch_fails = False
         self._logged_causes: set[str] = set()
         self._logged_fields: set[str] = set()
         metrics.peer_up.labels(name).set(1)
@@ -56,9 +60,10 @@ class Peer:
     async def hello(self) -> wire.PeerHello:
         """Who is there. Raises PeerFailure."""
         try:
-            async with self._http.get(self._url("hello"), timeout=self._timeout) as response:
-                body = await self._body(response)
-                return wire.decode(wire.PeerHello, body)
+            async with self._http.get(
+                self._url("hello"), timeout=self._timeout, allow_redirects=False
+            ) as response:
+                return wire.decode(wire.PeerHello, await self._body(response))
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error) from error
 
@@ -83,12 +88,13 @@ class Peer:
             raise
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error) from error
-        self._worked()
+        if not self._fetch_fails:  # answering questions does not make up for broken transfers
+            self._worked()
         return present
 
     async def fetch(
         self, namespace: bytes, keys: Sequence[bytes], max_frame_bytes: Sequence[int]
-    ) -> AsyncIterator[tuple[int, bytes]]:
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
         """Frames as they arrive: (index into `keys`, frame). Keys the peer lost are left out.
 
         `max_frame_bytes[i]` bounds the frame of key i before it is read.
@@ -97,6 +103,7 @@ class Peer:
             PeerFailure: the stream broke, stalled, or made an impossible claim.
         """
         request = wire.FetchRequest(wire.WIRE_VERSION, namespace, list(keys))
+        previous = -1
         try:
             async with self._post("blocks/fetch", request) as response:
                 await self._check_status(response)
@@ -105,19 +112,31 @@ class Peer:
                     index, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
                         break
-                    if index >= len(keys) or size > max_frame_bytes[index]:
+                    if not previous < index < len(keys):
+                        raise WireError("malformed", f"a frame for key {index} of {len(keys)}")
+                    previous = index
+                    if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
                     frame = await response.content.readexactly(size)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
                     yield index, frame
         except asyncio.IncompleteReadError as error:
-            raise self._failure(WireError("closed", "the stream was cut off")) from error
+            cut_off = WireError("closed", "the stream was cut off")
+            raise self._failure(cut_off, fetching=True) from error
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
-            raise self._failure(error) from error
+            raise self._failure(error, fetching=True) from error
+
+    def note_fetched(self) -> None:
+        """A fetch ended well and its frames proved good."""
+        self._fetch_fails = False
         self._worked()
 
-    def note_failure(self, cause: str, detail: str) -> None:
-        """Count a failure against this peer and log it, once per cause until it works again."""
+    def note_failure(self, cause: str, detail: str, *, fetching: bool = False) -> None:
+        """Count a failure against this peer and log it, once per cause until it works again.
+
+        After a failed fetch only a fetch shows that it works again.
+        """
+        self._fetch_fails |= fetching
         self.breaker.failed()
         self._metrics.peer_failures.labels(self.name, cause).inc()
         self._metrics.peer_up.labels(self.name).set(self.breaker.is_closed)
@@ -132,10 +151,10 @@ class Peer:
             logger.info("peer %s works again", self.name)
             self._logged_causes.clear()
 
-    def _failure(self, error: Exception) -> PeerFailure:
+    def _failure(self, error: Exception, *, fetching: bool = False) -> PeerFailure:
         cause = _cause(error)
-        detail = str(error) or type(error).__name__
-        self.note_failure(cause, detail)
+        detail = str(error)[:MAX_DETAIL_CHARS] or type(error).__name__
+        self.note_failure(cause, detail, fetching=fetching)
         return PeerFailure(cause, f"peer {self.name}: {detail}")
 
     def _report_mismatch(self, ours: Fingerprint, theirs: list[dict[str, str]]) -> None:
@@ -144,25 +163,33 @@ class Peer:
         difference = closest and ours.first_difference(closest)
         if not difference:
             return
-        self._metrics.fingerprint_mismatches.labels(self.name, difference.field).inc()
-        if difference.field not in self._logged_fields:
-            self._logged_fields.add(difference.field)
-            logger.warning("peer %s cannot exchange blocks with us: %s", self.name, difference)
+        # A field that we do not have is the peer's word: it must not become any number of labels.
+        field = difference.field if difference.field in ours.fields else "(theirs)"
+        self._metrics.fingerprint_mismatches.labels(self.name, field).inc()
+        if field not in self._logged_fields:
+            self._logged_fields.add(field)
+            detail = str(difference)[:MAX_DETAIL_CHARS]
+            logger.warning("peer %s cannot exchange blocks with us: %s", self.name, detail)
 
     def _url(self, path: str) -> str:
         return f"http://{self.name}/v1/{path}"
 
     def _post(self, path: str, request: wire.LookupRequest | wire.FetchRequest):  # type: ignore[no-untyped-def]
-        return self._http.post(self._url(path), data=wire.encode(request), timeout=self._timeout)
+        return self._http.post(
+            self._url(path),
+            data=wire.encode(request),
+            timeout=self._timeout,
+            allow_redirects=False,
+        )
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         await self._check_status(response)
-        body = await response.content.read(wire.MAX_REQUEST_BYTES + 1)
-        while not response.content.at_eof():
-            body += await response.content.read(wire.MAX_REQUEST_BYTES + 1)
+        body = bytearray()
+        async for part in response.content.iter_any():
+            body += part
             if len(body) > wire.MAX_REQUEST_BYTES:
                 raise WireError("oversized", "an answer larger than any answer may be")
-        return body
+        return bytes(body)
 
     async def _check_status(self, response: aiohttp.ClientResponse) -> None:
         if response.status != 200:
@@ -177,4 +204,6 @@ def _cause(error: Exception) -> str:
         return "timeout"
     if isinstance(error, aiohttp.ClientConnectorError):
         return "connect"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "malformed"
     return "closed"

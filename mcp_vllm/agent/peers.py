@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import aiohttp
@@ -11,13 +12,17 @@ from mcp_vllm.agent.peer import Peer, PeerFailure
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
+logger = logging.getLogger(__name__)
+
 
 class Peers:
     """The configured peers. One per agent, owned by its event loop."""
 
     def __init__(self, names: Sequence[str], metrics: AgentMetrics, stall_s: float) -> None:
         connector = aiohttp.TCPConnector(limit_per_host=32, keepalive_timeout=60)
-        self._http = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        self._http = aiohttp.ClientSession(
+            connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        )
         self._peers = [Peer(name, self._http, metrics, stall_s) for name in names]
 
     def __len__(self) -> int:
@@ -38,29 +43,29 @@ class Peers:
         }
         pending: set[asyncio.Task[bytes]] = set(asked)
         until = asyncio.get_running_loop().time() + deadline_s
-        while pending:
-            left_s = until - asyncio.get_running_loop().time()
-            done, pending = await asyncio.wait(
-                pending, timeout=max(0, left_s), return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                break
-            complete = False
-            for task in done:
-                present = _flags(task)
-                for key, has in zip(keys, present, strict=False):
-                    if has:
-                        holders.setdefault(key, []).append(asked[task])
-                complete |= bool(present) and all(present)
-            if complete:
-                break
-        await self._abandon(pending, until)
+        complete = False
+        try:
+            while pending and not complete:
+                left_s = until - asyncio.get_running_loop().time()
+                done, pending = await asyncio.wait(
+                    pending, timeout=max(0, left_s), return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    break
+                for task in done:
+                    present = _flags(task)
+                    for key, has in zip(keys, present, strict=False):
+                        if has:
+                            holders.setdefault(key, []).append(asked[task])
+                    complete |= bool(present) and all(present)
+        finally:
+            self._abandon(pending, until)
         return holders
 
     async def close(self) -> None:
         await self._http.close()
 
-    async def _abandon(self, pending: set[asyncio.Task[bytes]], until: float) -> None:
+    def _abandon(self, pending: set[asyncio.Task[bytes]], until: float) -> None:
         """Let unanswered lookups run to the deadline in the background, then give them up."""
         for task in pending:
             task.add_done_callback(_flags)
@@ -70,6 +75,11 @@ class Peers:
 
 def _flags(task: asyncio.Task[bytes]) -> bytes:
     """The task's flags; nothing when it failed (which the peer has counted already)."""
-    if task.cancelled() or isinstance(task.exception(), PeerFailure):
+    if task.cancelled():
         return b""
-    return task.result()
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if not isinstance(error, PeerFailure):
+        logger.error("a lookup failed", exc_info=error)
+    return b""

@@ -1,4 +1,4 @@
-"""The agent process: listens for engines on a Unix socket and for peers over HTTP, until told to end."""
+"""The agent process: listens for engines on a Unix socket and for peers over HTTP."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from mcp_vllm.link.supervisor import READY_LINE
 logger = logging.getLogger(__name__)
 
 DEFAULT_LISTEN = AgentConfig().listen
+# Peers in the middle of a transfer may finish it for so long; the engine's host waits 3 s for us.
+SHUTDOWN_GRACE_S = 1.0
+ACCEPT_PAUSE_S = 0.2
 
 
 class AgentError(McpError):
@@ -40,12 +43,16 @@ class Agent:
         socket_path: where engines connect; created with access for this user only.
         owned: started by an engine host: end when standard input ends, and fall back to any free
             port when the default one is taken.
+
+    Attributes:
+        port: where peers reach it, once it listens.
     """
 
     def __init__(self, config: Config, socket_path: Path, owned: bool) -> None:
         self._config = config
         self._socket_path = socket_path
         self._owned = owned
+        self.port: int | None = None
         self._context = AgentContext(config)
         self._encoder = Encoder(self._context)
         self._engines: set[asyncio.Task[None]] = set()
@@ -63,12 +70,17 @@ class Agent:
         if self._owned:
             loop.add_reader(sys.stdin.fileno(), lambda: self._stdin_ready(stop))
         agent = self._config.agent
-        self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
-        runner = web.AppRunner(HttpApi(self._context, self._encoder).application(), access_log=None)
-        await runner.setup()
         listener = self._listen_for_engines()
+        self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
+        runner = web.AppRunner(
+            HttpApi(self._context, self._encoder).application(),
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_GRACE_S,
+        )
+        background: list[asyncio.Task[None]] = []
         try:
-            port = await self._listen_for_peers(runner)
+            await runner.setup()
+            self.port = port = await self._listen_for_peers(runner)
             logger.info(
                 "context agent %s: engines at %s, peers at port %d, %d MiB for chunks",
                 self._context.agent_id,
@@ -78,13 +90,13 @@ class Agent:
             )
             sys.stdout.buffer.write(READY_LINE)
             sys.stdout.flush()
-            background = [
+            background += [
                 asyncio.create_task(self._accept(listener)),
                 asyncio.create_task(self._encoder.run()),
             ]
             await stop.wait()
-            await _cancel(background + list(self._engines))
         finally:
+            await _cancel(background + list(self._engines))
             listener.close()
             self._socket_path.unlink(missing_ok=True)
             await runner.cleanup()
@@ -97,18 +109,21 @@ class Agent:
 
     def _listen_for_engines(self) -> socket.socket:
         path = self._socket_path
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_served(path):
-            raise AgentError(f"agent.socket: another agent serves {path} already")
-        path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        previous = os.umask(0o177)
         try:
-            listener.bind(str(path))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _remove_stale_socket(path)
+            previous = os.umask(0o177)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(previous)
         except OSError as error:
+            listener.close()
             raise AgentError(f"agent.socket: cannot listen at {path}: {error}") from error
-        finally:
-            os.umask(previous)
+        except AgentError:
+            listener.close()
+            raise
         listener.listen(64)
         listener.setblocking(False)
         return listener
@@ -121,7 +136,9 @@ class Agent:
             return await _bind(runner, host, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not may_move:
-                raise AgentError(f"agent.listen: cannot listen at {host}:{port}: {error}") from error
+                raise AgentError(
+                    f"agent.listen: cannot listen at {host}:{port}: {error}"
+                ) from error
         moved = await _bind(runner, host, 0)
         logger.warning(
             "port %d is taken; peers reach this agent at %s:%d (set agent.listen to choose)",
@@ -134,7 +151,12 @@ class Agent:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(listener)
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                logger.error("an engine could not connect: %s", error)
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             task = asyncio.create_task(self._serve_engine(sock))
             self._engines.add(task)
             task.add_done_callback(self._engines.discard)
@@ -156,6 +178,17 @@ async def _bind(runner: web.AppRunner, host: str, port: int) -> int:
     server = site._server
     assert isinstance(server, asyncio.Server)
     return int(server.sockets[0].getsockname()[1])
+
+
+def _remove_stale_socket(path: Path) -> None:
+    """Make room for our socket. Raises AgentError when something else is there."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise AgentError(f"agent.socket: {path} exists and is no socket: choose another path")
+    if _is_served(path):
+        raise AgentError(f"agent.socket: another agent serves {path} already")
+    path.unlink(missing_ok=True)
 
 
 def _is_served(path: Path) -> bool:

@@ -79,7 +79,7 @@ def decode(kind: type[_T], body: bytes) -> _T:
     """
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError("malformed", f"malformed {kind.__name__}: {error}") from error
 
 

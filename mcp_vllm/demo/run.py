@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,8 @@ SESSION = {"session_id": "demo-chat"}
 # Loads nothing that the engine does not hold itself.
 NO_IMPORT = {"max_load_tokens": 0}
 WARM_UP_TOKENS = 4
+# Where an answer of the small base model ends and it begins to make up the next question.
+ANSWER_ENDS = ("\nQuestion:", "\n\n")
 
 console = Console(stderr=True)
 
@@ -107,7 +109,7 @@ class _Story:
             self._warm_up(host)
         for turn in (1, 2, 3):
             self._user_says(turn)
-            answer = self._ask(a, SESSION)
+            answer = self._ask(a, SESSION, stop=ANSWER_ENDS)
             self._result.add(turn, "A", answer)
             self._messages.append({"role": "assistant", "content": answer.text})
         self._user_says(4)
@@ -121,10 +123,8 @@ class _Story:
         self._conclude(reference, moved, cold, restarted)
         return self._result
 
-    def _conclude(
-        self, reference: Answer, moved: Answer, cold: Answer, restarted: Answer
-    ) -> None:
-        self._result.answer = moved.text
+    def _conclude(self, reference: Answer, moved: Answer, cold: Answer, restarted: Answer) -> None:
+        self._result.answer = moved.text.split(ANSWER_ENDS[0])[0]
         self._result.ttft_ms = {
             "recompute": round(cold.ttft_ms, 1),
             "import": round(moved.ttft_ms, 1),
@@ -144,16 +144,22 @@ class _Story:
         self._messages.append({"role": "user", "content": text})
 
     def _ask(
-        self, host: Host, transfer_params: dict[str, object] | dict[str, str], salt: bool = False
+        self,
+        host: Host,
+        transfer_params: Mapping[str, object],
+        *,
+        salt: bool = False,
+        stop: Sequence[str] = (),
     ) -> Answer:
         assert host.engine is not None
-        console.print(f"engine {host.name}: {len(self._messages) // 2 + 1}. turn ...")
+        console.print(f"turn {len(self._messages) // 2 + 1} at engine {host.name} ...")
         return ask(
             host.engine.base_url,
             self._messages,
             self._max_tokens,
             transfer_params=transfer_params,
             cache_salt=uuid.uuid4().hex if salt else None,
+            stop=stop,
         )
 
     def _warm_up(self, host: Host) -> None:

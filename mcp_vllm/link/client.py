@@ -37,14 +37,26 @@ from mcp_vllm.link.spans import scatter
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_S = 5.0
-STORE_DEADLINE_S = 10.0
-# The agent keeps its own deadline for a load; ours only matters when the agent hangs.
-LOAD_GRACE_S = 1.0
-RECONNECT_MIN_S = 0.05
-RECONNECT_MAX_S = 2.0
 MAX_OUTGOING_BYTES = 64 << 20
 RECEIVE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LinkDeadlines:
+    """How long the link waits for what, in seconds.
+
+    Attributes:
+        load_grace_s: the agent keeps its own deadline for a load; this much later we give up, which
+            only matters when the agent hangs.
+        reconnect_max_s: attempts become rarer up to this; a connection that lasted longer counts
+            as a good one, after which they start anew.
+    """
+
+    handshake_s: float = 5.0
+    store_s: float = 10.0
+    load_grace_s: float = 1.0
+    reconnect_min_s: float = 0.05
+    reconnect_max_s: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class AgentLink:
         host_rows: uint8, shape (num_chunks, chunk_bytes), writable view of the host chunks.
         before_connect: called in the link's thread before each attempt; starts the agent where
             that is ours to do, and raises AgentStarting until it is ready.
+        deadlines: how long to wait for what.
     """
 
     def __init__(
@@ -117,12 +130,14 @@ class AgentLink:
         host_fd: int,
         host_rows: Bytes2D,
         before_connect: Callable[[], None] = lambda: None,
+        deadlines: LinkDeadlines = LinkDeadlines(),
     ) -> None:
         self._socket_path = socket_path
         self._make_hello = make_hello
         self._host_fd = host_fd
         self._host_rows = host_rows
         self._before_connect = before_connect
+        self._deadlines = deadlines
         self.counters = LinkCounters()
         self.lookup_s = 0.05
         self._load_s = 10.0
@@ -180,45 +195,62 @@ class AgentLink:
 
     def stop(self) -> None:
         """End the thread and the connection; unfinished jobs fail. Idempotent."""
-        self._stopping = True
-        self._wake()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._host_rows = np.empty((0, 0), dtype=np.uint8)
+        if not self._stopping:
+            self._stopping = True
+            os.eventfd_write(self._wake_fd, 1)
+            if self._thread.is_alive():
+                self._thread.join()
+            os.close(self._wake_fd)
+            self._host_rows = np.empty((0, 0), dtype=np.uint8)
+        self._fail_commands()
 
     def _wake(self) -> None:
+        if self._stopping:  # by our own caller: the thread has ended
+            self._fail_commands()
+            return
         with contextlib.suppress(BlockingIOError):  # full of wake-ups already
             os.eventfd_write(self._wake_fd, 1)
 
     # ---- link thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        delay_s = RECONNECT_MIN_S
+        delay_s = self._deadlines.reconnect_min_s
         warned = False
         while not self._stopping:
+            connected_s = None
             try:
                 self._before_connect()
                 self._connect()
-                delay_s, warned = RECONNECT_MIN_S, False
+                connected_s = time.monotonic()
                 self._serve()
             except AgentStarting:
-                delay_s = RECONNECT_MIN_S
-            except (OSError, McpError) as error:
+                delay_s = self._deadlines.reconnect_min_s
+            except Exception as error:
+                if self._lasted(connected_s):
+                    delay_s, warned = self._deadlines.reconnect_min_s, False
                 if not warned:
-                    logger.warning(
-                        "no context agent at %s (%s): serving without it, trying again",
-                        self._socket_path,
-                        error,
-                    )
+                    self._warn(error)
                     warned = True
-            except Exception:
-                logger.exception("the link to the context agent failed: serving without it")
-                return
             finally:
                 self._disconnect()
             self._idle(delay_s)
-            delay_s = min(2 * delay_s, RECONNECT_MAX_S)
+            delay_s = min(2 * delay_s, self._deadlines.reconnect_max_s)
         self._fail_commands()
+
+    def _lasted(self, connected_s: float | None) -> bool:
+        """Whether a connection made then was more than another failed attempt."""
+        if connected_s is None:
+            return False
+        return time.monotonic() - connected_s > self._deadlines.reconnect_max_s
+
+    def _warn(self, error: Exception) -> None:
+        expected = isinstance(error, OSError | McpError)
+        logger.warning(
+            "no context agent at %s (%s): serving without it, trying again",
+            self._socket_path,
+            error if expected else repr(error),
+            exc_info=None if expected else error,
+        )
 
     def _idle(self, seconds: float) -> None:
         """Disconnected: fail what is asked of us until it is time to connect again."""
@@ -235,19 +267,22 @@ class AgentLink:
         self._fail_commands()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            sock.settimeout(HANDSHAKE_S)
+            until_s = time.monotonic() + self._deadlines.handshake_s
+            sock.settimeout(self._deadlines.handshake_s)
             sock.connect(self._socket_path)
             send_with_fd(sock, protocol.pack(hello), self._host_fd)
-            body, fd = receive_with_fd(sock)
-            welcome = protocol.unpack_agent(body)
-            if isinstance(welcome, protocol.Refused):
-                raise LinkError(f"refused by the agent: {welcome.reason}")
-            if not isinstance(welcome, protocol.Welcome) or fd is None:
-                raise LinkError("the agent answered without a welcome")
+            self._await_answer(sock, until_s)
+            body, fd = receive_with_fd(sock, max(0.001, until_s - time.monotonic()))
             try:
+                welcome = _welcome(body)
+                if fd is None:
+                    raise LinkError("the agent's welcome came without its landing slots")
+                if welcome.slot_bytes < max(group.raw_bytes for group in hello.groups):
+                    raise LinkError(f"landing slots of {welcome.slot_bytes} bytes hold no chunk")
                 self._landing = map_rows(fd, welcome.num_slots, welcome.slot_bytes, writable=False)
             finally:
-                os.close(fd)
+                if fd is not None:
+                    os.close(fd)
             sock.setblocking(False)
         except BaseException:
             sock.close()
@@ -259,6 +294,27 @@ class AgentLink:
         self.counters.connects += 1
         self._connected.set()
         logger.info("connected to context agent %s at %s", welcome.agent_id, self._socket_path)
+
+    def _await_answer(self, sock: socket.socket, until_s: float) -> None:
+        """Return once there is something to read; meanwhile fail what is asked of us.
+
+        Raises:
+            LinkError: no answer until then, or the link is being stopped.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_fd, selectors.EVENT_READ)
+            selector.register(sock, selectors.EVENT_READ)
+            while not self._stopping:
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    raise LinkError("it accepted the connection and did not answer")
+                ready = {key.fd for key, _ in selector.select(left_s)}
+                if self._wake_fd in ready:
+                    self._drain_wake()
+                    self._fail_commands()
+                if sock.fileno() in ready:
+                    return
+        raise LinkError("the link is being stopped")
 
     def _disconnect(self) -> None:
         if self._sock is not None:
@@ -298,14 +354,14 @@ class AgentLink:
             if isinstance(command, tuple):
                 message: protocol.EngineMessage = command[0]
                 load, chunk_ids = command
-                deadline_s = now_s + self._load_s + LOAD_GRACE_S
+                deadline_s = now_s + self._load_s + self._deadlines.load_grace_s
                 missing = set(range(len(load.keys)))
                 self._jobs[load.job_id] = _Job(True, load.keys, chunk_ids, deadline_s, missing)
             else:
                 message = command
                 if isinstance(message, protocol.Store):
                     self._jobs[message.job_id] = _Job(
-                        False, message.keys, message.chunk_ids, now_s + STORE_DEADLINE_S
+                        False, message.keys, message.chunk_ids, now_s + self._deadlines.store_s
                     )
             self._outgoing += protocol.pack(message)
         if len(self._outgoing) > MAX_OUTGOING_BYTES:
@@ -366,7 +422,7 @@ class AgentLink:
         self._outgoing += protocol.pack(protocol.Release([slot for _, slot in message.slots]))
 
     def _finish_load(self, message: protocol.Loaded) -> None:
-        job = self._jobs.pop(message.job_id, None)
+        job = self._end_job(message.job_id, is_load=True)
         if job is None:
             return
         done = JobDone(
@@ -380,12 +436,19 @@ class AgentLink:
         self._emit(done)
 
     def _finish_store(self, message: protocol.Stored) -> None:
-        if self._jobs.pop(message.job_id, None) is None:
+        if self._end_job(message.job_id, is_load=False) is None:
             self._outgoing += protocol.pack(protocol.Discard(message.job_id))
             return
         self._outgoing += protocol.pack(protocol.Commit(message.job_id))
         done = JobDone(message.job_id, frozenset(), raw_bytes=message.num_bytes)
         self._emit(done)
+
+    def _end_job(self, job_id: int, *, is_load: bool) -> _Job | None:
+        """The job, which is forgotten; None when it was given up before."""
+        job = self._jobs.get(job_id)
+        if job is not None and job.is_load != is_load:
+            raise LinkError(f"the agent mistakes job {job_id} for another kind")
+        return self._jobs.pop(job_id, None)
 
     def _emit(self, event: Event) -> None:
         self._events.append(event)
@@ -421,3 +484,13 @@ class AgentLink:
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
+
+
+def _welcome(body: bytes) -> protocol.Welcome:
+    """The agent's answer to our Hello. Raises LinkError unless it accepts."""
+    answer = protocol.unpack_agent(body)
+    if isinstance(answer, protocol.Refused):
+        raise LinkError(f"refused by the agent: {answer.reason}")
+    if not isinstance(answer, protocol.Welcome):
+        raise LinkError("the agent answered without a welcome")
+    return answer

@@ -26,11 +26,11 @@ Life cycle::
       Finish(request, chain)         --->                the request ended; its session grows
 
 A stored chunk becomes visible only by Commit: the engine sends it when the chunks were pinned until
-Stored arrived. If it gave up waiting it sends Discard, because the bytes may have changed while they
-were being copied.
+Stored arrived. If it gave up waiting it sends Discard, because the bytes may have changed while
+they were being copied.
 
-Framing: 4 bytes big-endian length, then one msgpack message. A length above `MAX_MESSAGE_BYTES`, an
-unknown message or a message that does not fit its schema ends the connection.
+Framing: 4 bytes big-endian length, then one msgpack message. A length above `MAX_MESSAGE_BYTES`,
+an unknown message or a message that does not fit its schema ends the connection.
 """
 
 from __future__ import annotations
@@ -238,5 +238,5 @@ def unpack_agent(body: bytes | bytearray | memoryview) -> AgentMessage:
 def _unpack(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray | memoryview) -> Any:
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise LinkError(f"malformed message: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,29 +77,41 @@ def send_with_fd(sock: socket.socket, packed: bytes, fd: int | None) -> None:
     sock.sendall(packed[sent:])
 
 
-def receive_with_fd(sock: socket.socket) -> tuple[bytes, int | None]:
-    """One message's body and the descriptor that came with it. Blocking, within `sock`'s timeout.
+def receive_with_fd(sock: socket.socket, deadline_s: float) -> tuple[bytes, int | None]:
+    """One message's body and the descriptor that came with it, whole within `deadline_s`. Blocking.
 
     Raises:
-        LinkError: the connection ended, or the message is too large.
+        LinkError: the connection ended, the message is too large, or it took too long.
     """
-    head, fds, _, _ = socket.recv_fds(sock, LENGTH.size, 4, socket.MSG_CMSG_CLOEXEC)
+    until_s = time.monotonic() + deadline_s
+    sock.settimeout(deadline_s)
+    try:
+        head, fds, _, _ = socket.recv_fds(sock, LENGTH.size, 4, socket.MSG_CMSG_CLOEXEC)
+    except TimeoutError as error:
+        raise LinkError(f"no message within {deadline_s:g} s") from error
     fd = fds[0] if fds else None
     for extra in fds[1:]:
         os.close(extra)
     try:
-        head += _receive_exactly(sock, LENGTH.size - len(head))
-        return _receive_exactly(sock, body_size(head)), fd
+        head += _receive_exactly(sock, LENGTH.size - len(head), until_s)
+        return _receive_exactly(sock, body_size(head), until_s), fd
     except BaseException:
         if fd is not None:
             os.close(fd)
         raise
 
 
-def _receive_exactly(sock: socket.socket, size: int) -> bytes:
+def _receive_exactly(sock: socket.socket, size: int, until_s: float) -> bytes:
     parts = bytearray()
     while len(parts) < size:
-        part = sock.recv(size - len(parts))
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            raise LinkError("a message did not arrive whole in time")
+        sock.settimeout(left_s)
+        try:
+            part = sock.recv(size - len(parts))
+        except TimeoutError:
+            continue
         if not part:
             raise LinkError("the connection ended in the middle of a message")
         parts += part

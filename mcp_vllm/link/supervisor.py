@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 READY_LINE = b"ready\n"
 START_DEADLINE_S = 30.0
 STOP_GRACE_S = 3.0
+# An agent that ends sooner than this after its start is restarted more and more slowly.
+SETTLED_S = 10.0
+RESTART_MIN_S = 0.1
+RESTART_MAX_S = 10.0
 
 
 def own_socket_path(engine_id: str) -> Path:
@@ -46,6 +50,8 @@ class AgentSupervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._started_s = 0.0
+        self._wait_s = 0.0
+        self._next_start_s = 0.0
         self._stopped = False
         self.starts = 0
 
@@ -62,7 +68,11 @@ class AgentSupervisor:
         """
         if self._stopped:
             raise LinkError("the engine is shutting down")
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self._bury(self._process)
+        if self._process is None:
+            if time.monotonic() < self._next_start_s:
+                raise LinkError("the context agent ended soon after its start, see its last lines")
             self._start()
         if self._ready:
             return
@@ -86,14 +96,24 @@ class AgentSupervisor:
             process.wait(STOP_GRACE_S)
         except subprocess.TimeoutExpired:
             self._kill()
+        _close_pipes(process)
+
+    def _bury(self, process: subprocess.Popen[bytes]) -> None:
+        """Note that the agent has ended, and when another may be started."""
+        logger.info(
+            "context agent (pid %d) ended with status %s: starting another",
+            process.pid,
+            process.returncode,
+        )
+        _close_pipes(process)
+        self._process = None
+        now_s = time.monotonic()
+        self._next_start_s = now_s + self._wait_s
+        if now_s - self._started_s > SETTLED_S:
+            self._next_start_s, self._wait_s = now_s, 0.0
+        self._wait_s = min(max(2 * self._wait_s, RESTART_MIN_S), RESTART_MAX_S)
 
     def _start(self) -> None:
-        if self._process is not None:
-            logger.info(
-                "context agent (pid %d) ended with status %s: starting another",
-                self._process.pid,
-                self._process.returncode,
-            )
         self._ready = False
         self._started_s = time.monotonic()
         self.starts += 1
@@ -108,7 +128,8 @@ class AgentSupervisor:
         )
 
     def _said_ready(self) -> bool:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(0):
@@ -119,3 +140,9 @@ class AgentSupervisor:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

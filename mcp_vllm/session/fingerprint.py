@@ -1,8 +1,8 @@
 """The namespace of exchangeable blocks: everything that must agree before bytes may change hands.
 
-An engine describes itself as a flat, ordered mapping of field names to strings. Two engines exchange
-blocks only when every field agrees; the digest of the mapping is the namespace under which an agent
-stores blocks. When two differ, `first_difference` names the field, so that the log can.
+An engine describes itself as a flat, ordered mapping of field names to strings. Two engines
+exchange blocks only when every field agrees; the digest of the mapping is the namespace under which
+an agent stores blocks. When two differ, `first_difference` names the field, so that the log can.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ class Fingerprint:
         """The first differing field, in our order and then theirs; None when they agree."""
         names = [*self.fields, *(name for name in other.fields if name not in self.fields)]
         for name in names:
-            ours = self.fields.get(name, "(absent)")
-            theirs = other.fields.get(name, "(absent)")
+            ours, theirs = self.fields.get(name), other.fields.get(name)
             if ours != theirs:
-                return FieldDifference(name, ours, theirs)
+                return FieldDifference(name, _shown(ours), _shown(theirs))
         return None
 
     def closest(self, others: list[Fingerprint]) -> Fingerprint | None:
@@ -63,3 +62,7 @@ class Fingerprint:
 
     def _num_shared(self, other: Fingerprint) -> int:
         return sum(other.fields.get(name) == value for name, value in self.fields.items())
+
+
+def _shown(value: str | None) -> str:
+    return "(absent)" if value is None else value

@@ -29,10 +29,16 @@ class AgentMetrics:
             registry=r,
         )
         self.lookup_seconds = Histogram(
-            "mcp_agent_lookup_seconds", "Duration of an engine's lookup", buckets=SECONDS, registry=r
+            "mcp_agent_lookup_seconds",
+            "Duration of an engine's lookup",
+            buckets=SECONDS,
+            registry=r,
         )
         self.loaded_chunks = Counter(
-            "mcp_agent_loaded_chunks", "Chunks brought to an engine, by source", ["source"], registry=r
+            "mcp_agent_loaded_chunks",
+            "Chunks brought to an engine, by source",
+            ["source"],
+            registry=r,
         )
         self.failed_chunks = Counter(
             "mcp_agent_failed_chunks",
@@ -69,7 +75,10 @@ class AgentMetrics:
             registry=r,
         )
         self.peer_up = Gauge(
-            "mcp_agent_peer_up", "1 while the peer is asked, 0 while it is avoided", ["peer"], registry=r
+            "mcp_agent_peer_up",
+            "1 while the peer is asked, 0 while it is avoided",
+            ["peer"],
+            registry=r,
         )
         self.fingerprint_mismatches = Counter(
             "mcp_agent_fingerprint_mismatches",

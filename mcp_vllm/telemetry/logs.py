@@ -1,4 +1,4 @@
-"""Logging of our own processes: one line a record, to standard error, level from MCP_VLLM_LOG_LEVEL."""
+"""Logging of our own processes: one line a record, on standard error."""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 
 from mcp_vllm.cache_folder import cache_root
+from mcp_vllm.errors import McpError
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.session.fingerprint import Fingerprint
-from mcp_vllm.session.weights_identity import WeightsNotFound, weights_identity
+from mcp_vllm.session.weights_identity import weights_identity
 from mcp_vllm.vllm_plugin.compat import release, vllm_version
 
 FORMAT_VERSION = 1
@@ -80,7 +81,7 @@ def _weights(vllm_config: VllmConfig) -> str:
         return f"dummy seed {model.seed}"
     try:
         return weights_identity(_model_path(model), cache_root())
-    except (WeightsNotFound, OSError) as error:
+    except (McpError, OSError) as error:
         return f"unknown {uuid.uuid4().hex} ({error})"
 
 

@@ -36,10 +36,10 @@ def _session(scope: Message) -> dict[str, str]:
     if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
         return {}
     headers = dict(scope["headers"])
-    if SESSION_HEADER not in headers:
+    if not headers.get(SESSION_HEADER):
         return {}
     named = {"session_id": headers[SESSION_HEADER].decode("latin-1")}
-    if TENANT_HEADER in headers:
+    if headers.get(TENANT_HEADER):
         named["tenant"] = headers[TENANT_HEADER].decode("latin-1")
     return named
 
@@ -66,11 +66,13 @@ def add_session(body: bytes, session: dict[str, str]) -> bytes:
     names a session itself."""
     try:
         request = json.loads(body)
-    except ValueError:
-        return body
+    except (ValueError, RecursionError):
+        return body  # the server says what is wrong with it
     if not isinstance(request, dict):
         return body
-    params = request.get("kv_transfer_params") or {}
+    params = request.get("kv_transfer_params")
+    if params is None:
+        params = {}
     if not isinstance(params, dict) or "session_id" in params:
         return body
     request["kv_transfer_params"] = {**session, **params}
