@@ -21,10 +21,20 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("pat
 PLUGIN = ROOT / "mcp_vllm" / "vllm_plugin"
 # vLLM's own, used in our snippets.
 VLLM_FLAGS = {"--kv-transfer-config", "--prefix-caching-hash-algo"}
+VENV_PYTHON = ".venv/bin/python"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-PATHS = ("mcp_vllm/", "tests/", "configs/", "docs/", "patches/", "requirements/", "tools/")
+PATHS = (
+    "mcp_vllm/",
+    "tests/",
+    "benchmarks/",
+    "configs/",
+    "docs/",
+    "patches/",
+    "requirements/",
+    "tools/",
+)
 
 
 def read(path: Path) -> str:
@@ -43,7 +53,7 @@ def commands_of(text: str) -> Iterator[list[str]]:
                 words = shlex.split(part, comments=True)
             except ValueError:
                 continue
-            if words and words[0] in ("make", "mcp-vllm", "vllm"):
+            if words and words[0] in ("make", "mcp-vllm", "vllm", VENV_PYTHON):
                 yield words
 
 
@@ -69,6 +79,8 @@ def faults_of(words: list[str]) -> list[str]:
     program, *rest = words
     if program == "make":
         return [word for word in rest if "=" not in word and word not in make_targets()]
+    if program == VENV_PYTHON:
+        return [word for word in rest if word.startswith(PATHS) and not (ROOT / word).exists()]
     flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
     if program == "vllm":
         return [flag for flag in flags if flag not in plugin_flags() | VLLM_FLAGS]
@@ -101,6 +113,7 @@ def test_commands_in_a_document_exist_with_their_flags(path: Path) -> None:
         "mcp-vllm config chek FILE",
         "mcp-vllm agent --conf x",
         "vllm serve MODEL --mcp-peers h:1",
+        ".venv/bin/python benchmarks/nosuch.py",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(command: str) -> None:
