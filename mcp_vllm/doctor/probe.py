@@ -28,12 +28,13 @@ PLATFORMS = {
 
 @dataclass(frozen=True)
 class Probe:
-    """What one child process said; `fault` instead, when it said nothing of use."""
+    """What one child process said; `fault` instead, when it said nothing of use (in time)."""
 
     platform: str = ""
     algorithm: str = ""
     block_hash: str = ""
     fault: str = ""
+    is_late: bool = False
 
 
 def run_probes(algorithm: str | None, deadline_s: float = DEADLINE_S) -> list[Probe]:
@@ -65,7 +66,7 @@ def _answer(child: subprocess.Popen[str], deadline_s: float) -> Probe:
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
-        return Probe(fault=f"vLLM did not answer within {deadline_s:.0f} s")
+        return Probe(fault=f"vLLM did not answer within {deadline_s:.0f} s", is_late=True)
     if child.returncode:
         last = (err.strip() or out.strip() or "no output").splitlines()[-1]
         return Probe(fault=f"vLLM cannot be used (exit status {child.returncode}): {last}")
@@ -83,9 +84,7 @@ def parse(out: str) -> Probe:
 def check_platform(probe: Probe) -> Check:
     """Where vLLM would run, and what that means for us."""
     if probe.fault:
-        return fail(
-            "platform", probe.fault, "mend vLLM first: `vllm serve MODEL` without our flags"
-        )
+        return _unknown("platform", probe)
     if probe.platform not in PLATFORMS:
         return fail(
             "platform",
@@ -100,7 +99,7 @@ def check_block_hash(probes: Sequence[Probe], environ: Mapping[str, str]) -> Che
     name = "block hash"
     for probe in probes:
         if probe.fault:
-            return fail(name, probe.fault, "mend vLLM first, or name an algorithm that it knows")
+            return _unknown(name, probe)
     algorithm, seed = probes[0].algorithm, environ.get("PYTHONHASHSEED")
     if len({probe.block_hash for probe in probes}) == 1:
         if seed is None:
@@ -122,3 +121,9 @@ def check_block_hash(probes: Sequence[Probe], environ: Mapping[str, str]) -> Che
         "use --prefix-caching-hash-algo sha256 (or sha256_cbor), or set PYTHONHASHSEED to the same "
         "number for every engine",
     )
+
+
+def _unknown(name: str, probe: Probe) -> Check:
+    if probe.is_late:
+        return warn(name, probe.fault, "the machine is busy, or vLLM hangs: ask again later")
+    return fail(name, probe.fault, "mend vLLM first: it must start without us")

@@ -143,3 +143,9 @@ def test_weights_that_take_too_long_are_a_warning(
     )
     check = check_weights(tmp_path, tmp_path, deadline_s=0.05)
     assert check.status is Status.WARN
+
+
+def test_a_vllm_that_takes_too_long_to_answer_is_a_warning() -> None:
+    late = Probe(fault="vLLM did not answer", is_late=True)
+    assert check_platform(late).status is Status.WARN
+    assert check_block_hash([late], {}).status is Status.WARN

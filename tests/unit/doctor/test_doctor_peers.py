@@ -12,9 +12,9 @@ from mcp_vllm.doctor.peers import check_peers
 sys.path.insert(0, str(Path(__file__).parent))
 from agents_for_tests import hello, serving
 
-GEMMA = {"model.config": "gemma", "dtype": "bfloat16", "vllm": "0.32"}
-GEMMA_F32 = {"model.config": "gemma", "dtype": "float32", "vllm": "0.32"}
-LLAMA = {"model.config": "llama", "dtype": "bfloat16", "vllm": "0.32"}
+GEMMA = {"model.config": "gemma", "model.weights": "g", "dtype": "bfloat16", "vllm": "0.32"}
+GEMMA_F32 = {"model.config": "gemma", "model.weights": "g", "dtype": "float32", "vllm": "0.32"}
+LLAMA = {"model.config": "llama", "model.weights": "l", "dtype": "bfloat16", "vllm": "0.32"}
 
 
 def check(ours: bytes | None, theirs: bytes, lookup_ms: int = 60_000) -> Check:
