@@ -10,9 +10,7 @@ ROW_BYTES = 200
 
 @st.composite
 def span_lists(draw: st.DrawFn) -> list[tuple[int, int]]:
-    edges = sorted(
-        draw(st.lists(st.integers(0, ROW_BYTES), min_size=2, max_size=10, unique=True))
-    )
+    edges = sorted(draw(st.lists(st.integers(0, ROW_BYTES), min_size=2, max_size=10, unique=True)))
     pairs = zip(edges[::2], edges[1::2], strict=False)
     return [(start, end - start) for start, end in pairs]
 
