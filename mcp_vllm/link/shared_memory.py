@@ -74,7 +74,8 @@ def send_with_fd(sock: socket.socket, packed: bytes, fd: int | None) -> None:
         sock.sendall(packed)
         return
     sent = socket.send_fds(sock, [packed], [fd])
-    sock.sendall(packed[sent:])
+    if sent < len(packed):  # or a peer that has read all and left would seem to have failed us
+        sock.sendall(packed[sent:])
 
 
 def receive_with_fd(sock: socket.socket, deadline_s: float) -> tuple[bytes, int | None]:

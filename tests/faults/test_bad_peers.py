@@ -148,7 +148,9 @@ BAD_FETCHES = {
 }
 
 
-@pytest.mark.parametrize(("fetch", "cause"), BAD_FETCHES.items(), ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize(
+    ("fetch", "cause"), BAD_FETCHES.items(), ids=lambda v: getattr(v, "__name__", v)
+)
 async def test_a_transfer_that_goes_wrong_ends_in_time_and_keeps_what_was_good(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fetch, cause: str
 ) -> None:
@@ -248,7 +250,9 @@ BAD_LOOKUPS = {
 }
 
 
-@pytest.mark.parametrize(("lookup", "causes"), BAD_LOOKUPS.items(), ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("lookup", "causes"), BAD_LOOKUPS.items(), ids=lambda v: getattr(v, "__name__", "")
+)
 async def test_a_lookup_that_goes_wrong_is_a_miss_in_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, lookup, causes: set[str]
 ) -> None:
