@@ -19,7 +19,7 @@ from those of the unit before it.
 
 import numpy as np
 
-from mcp_vllm.codec.kernel import kernel
+from mcp_vllm.codec.kernel import Float32s, UInt8s, UInt32s, kernel
 
 UNIT_ROWS = 128
 MIN_ROWS = 16
@@ -40,7 +40,7 @@ def num_units(num_symbols: int, channels: int) -> int:
 
 
 @kernel("int64(int64, int64)")
-def _period(grid, channels):
+def _period(grid: int, channels: int) -> int:
     index = grid >> 2
     if index == 0:
         return channels
@@ -48,25 +48,25 @@ def _period(grid, channels):
 
 
 @kernel("int64(int64, int64, int64)")
-def _num_cells_of_unit(grid, channels, size):
+def _num_cells_of_unit(grid: int, channels: int, size: int) -> int:
     period = _period(grid, channels)
     span = (MIN_ROWS << (grid & 3)) * period
     return (size + span - 1) // span * period
 
 
 @kernel("int64(Array(uint8, 1, 'C', readonly=True), int64, int64)")
-def num_cells(grids, channels, num_symbols):
+def num_cells(grids: UInt8s, channels: int, num_symbols: int) -> int:
     """How many cells the units of ``num_symbols`` symbols have."""
     unit_size = UNIT_ROWS * channels
     total = 0
     for unit in range(grids.size):
         size = min(unit_size, num_symbols - unit * unit_size)
-        total += _num_cells_of_unit(np.int64(grids[unit]), channels, size)
+        total += _num_cells_of_unit(int(grids[unit]), channels, size)
     return total
 
 
 @kernel("(Array(uint8, 1, 'C', readonly=True), int64, uint8[::1])")
-def _larger_of_two(symbols, distance, target):
+def _larger_of_two(symbols: UInt8s, distance: int, target: UInt8s) -> None:
     """target[i] = the larger of symbols[i] and symbols[i + distance]."""
     # Views, not computed indices: those might be negative, and would not become vector loads.
     near = symbols[: target.size]
@@ -76,7 +76,7 @@ def _larger_of_two(symbols, distance, target):
 
 
 @kernel("int64(Array(uint8, 1, 'C', readonly=True), int64, uint8[:,::1])")
-def _sum_of_maxima(symbols, period, scratch):
+def _sum_of_maxima(symbols: UInt8s, period: int, scratch: UInt8s) -> int:
     """Sum over cells of MIN_ROWS rows of their largest symbol; ``symbols`` holds whole cells.
 
     The tighter the cells, the smaller. ``scratch`` [2, at least as many as symbols].
@@ -96,7 +96,9 @@ def _sum_of_maxima(symbols, period, scratch):
 
 
 @kernel("(Array(uint8, 1, 'C', readonly=True), int64, int64, uint8[::1], uint32[::1], uint32[::1])")
-def _summarize_cell(symbols, cell, depth, maxima, sums, squares):
+def _summarize_cell(
+    symbols: UInt8s, cell: int, depth: int, maxima: UInt8s, sums: UInt32s, squares: UInt32s
+) -> None:
     """_summarize of one cell, all of whose symbols are ``symbols``."""
     largest = np.uint8(0)
     for index in range(symbols.size):
@@ -114,7 +116,9 @@ def _summarize_cell(symbols, cell, depth, maxima, sums, squares):
 
 
 @kernel("(Array(uint8, 1, 'C', readonly=True), int64, uint8[::1], uint32[::1], uint32[::1])")
-def _summarize_columns(symbols, depth, maxima, sums, squares):
+def _summarize_columns(
+    symbols: UInt8s, depth: int, maxima: UInt8s, sums: UInt32s, squares: UInt32s
+) -> None:
     """_summarize of as many cells as ``maxima`` has, one symbol of each in turn."""
     period = maxima.size
     maxima[:] = 0
@@ -143,7 +147,15 @@ def _summarize_columns(symbols, depth, maxima, sums, squares):
     "(Array(uint8, 1, 'C', readonly=True), int64, int64, int64, uint8[::1], uint32[::1],"
     " uint32[::1])"
 )
-def _summarize(symbols, period, rows, depth, maxima, sums, squares):
+def _summarize(
+    symbols: UInt8s,
+    period: int,
+    rows: int,
+    depth: int,
+    maxima: UInt8s,
+    sums: UInt32s,
+    squares: UInt32s,
+) -> None:
     """Per cell of ``rows`` rows: the largest symbol, and over the symbols' heights the sum and the
     sum of squares, where height = max(symbol - largest + depth, 0).
 
@@ -166,7 +178,7 @@ def _summarize(symbols, period, rows, depth, maxima, sums, squares):
 
 
 @kernel("int64(uint8[::1], uint32[::1], uint32[::1], int64, int64)")
-def _cheapest_rows(maxima, sums, squares, period, depth):
+def _cheapest_rows(maxima: UInt8s, sums: UInt32s, squares: UInt32s, period: int, depth: int) -> int:
     """log2(rows / MIN_ROWS) with the least estimated bits for symbols and for classes of cells.
 
     Given the summary of cells of MIN_ROWS. Heights are taken as normal around the mean of their
@@ -207,11 +219,12 @@ def _cheapest_rows(maxima, sums, squares, period, depth):
 
 
 @kernel("(Array(uint8, 1, 'C', readonly=True), int64, int64, uint8[::1])")
-def choose_grids(symbols, channels, depth, grids):
+def choose_grids(symbols: UInt8s, channels: int, depth: int, grids: UInt8s) -> None:
     """Fill in the grid of each unit: the period with the tightest cells, then the rows."""
     unit_size = UNIT_ROWS * channels
-    scratch = np.empty((2, unit_size), np.uint8)
-    maxima = np.empty(unit_size // MIN_ROWS, np.uint8)
+    largest_unit = min(unit_size, symbols.size)
+    scratch = np.empty((2, largest_unit), np.uint8)
+    maxima = np.empty(largest_unit // MIN_ROWS, np.uint8)
     sums = np.empty(maxima.size, np.uint32)
     squares = np.empty(maxima.size, np.uint32)
     for unit in range(grids.size):
@@ -227,7 +240,7 @@ def choose_grids(symbols, channels, depth, grids):
                     tightest = mean
                     grids[unit] = index << 2
         if tightest < np.inf:
-            period = _period(np.int64(grids[unit]), channels)
+            period = _period(int(grids[unit]), channels)
             num_cells = in_unit.size // (MIN_ROWS * period) * period
             summary = maxima[:num_cells], sums[:num_cells], squares[:num_cells]
             _summarize(in_unit[: num_cells * MIN_ROWS], period, MIN_ROWS, depth, *summary)
@@ -238,7 +251,9 @@ def choose_grids(symbols, channels, depth, grids):
     "(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True), int64, int64,"
     " float32[::1])"
 )
-def measure_cells(symbols, grids, channels, depth, means):
+def measure_cells(
+    symbols: UInt8s, grids: UInt8s, channels: int, depth: int, means: Float32s
+) -> None:
     """Trimmed mean of the symbols of each cell; NaN for a cell past the end of the plane."""
     unit_size = UNIT_ROWS * channels
     maxima = np.empty(means.size, np.uint8)
@@ -246,7 +261,7 @@ def measure_cells(symbols, grids, channels, depth, means):
     squares = np.empty(means.size, np.uint32)
     first = 0
     for unit in range(grids.size):
-        grid = np.int64(grids[unit])
+        grid = int(grids[unit])
         in_unit = symbols[unit * unit_size : (unit + 1) * unit_size]
         period = _period(grid, channels)
         rows = MIN_ROWS << (grid & 3)
@@ -266,12 +281,12 @@ def measure_cells(symbols, grids, channels, depth, means):
 @kernel(
     "(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True), int64, uint8[::1])"
 )
-def spread_classes(cell_classes, grids, channels, classes):
+def spread_classes(cell_classes: UInt8s, grids: UInt8s, channels: int, classes: UInt8s) -> None:
     """Write the class of each symbol's cell to ``classes`` [symbol]."""
     unit_size = UNIT_ROWS * channels
     first_cell = 0
     for unit in range(grids.size):
-        grid = np.int64(grids[unit])
+        grid = int(grids[unit])
         in_unit = classes[unit * unit_size : (unit + 1) * unit_size]
         period = _period(grid, channels)
         rows = MIN_ROWS << (grid & 3)
@@ -289,7 +304,7 @@ def spread_classes(cell_classes, grids, channels, classes):
 
 
 @kernel("(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True), uint32[:,::1])")
-def count_symbols(symbols, classes, counts):
+def count_symbols(symbols: UInt8s, classes: UInt8s, counts: UInt32s) -> None:
     """Histogram [class, 256] of the symbols of each class."""
     counts[:] = 0
     for index in range(symbols.size):

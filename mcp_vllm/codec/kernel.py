@@ -8,6 +8,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
+from numpy.typing import NDArray
+
+UInt8s = NDArray[np.uint8]
+UInt16s = NDArray[np.uint16]
+UInt32s = NDArray[np.uint32]
+Float32s = NDArray[np.float32]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -36,7 +36,7 @@ from mcp_vllm.codec.byte_planes import (
     decompress_exactly,
 )
 from mcp_vllm.codec.errors import FrameError
-from mcp_vllm.codec.kernel import kernel
+from mcp_vllm.codec.kernel import Float32s, UInt8s, UInt16s, kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +62,9 @@ _MAX_KEPT_BYTES = 8 << 20
 _per_thread = threading.local()
 
 
-def _scratch(purpose: str, num_bytes: int) -> NDArray[np.uint8]:
+def _scratch(purpose: str, num_bytes: int) -> UInt8s:
     """uint8 [num_bytes] of this thread, with any content; valid until it is asked for again."""
-    kept: NDArray[np.uint8] | None = getattr(_per_thread, purpose, None)
+    kept: UInt8s | None = getattr(_per_thread, purpose, None)
     if kept is None or kept.size < num_bytes:
         kept = np.empty(num_bytes, np.uint8)
         if num_bytes <= _MAX_KEPT_BYTES:
@@ -77,7 +77,7 @@ def _scratch(purpose: str, num_bytes: int) -> NDArray[np.uint8]:
     "(Array(uint16, 1, 'C', readonly=True), uint8[::1], uint8[:,::1])",
     "(Array(uint32, 1, 'C', readonly=True), uint8[::1], uint8[:,::1])",
 )
-def _split(elements, symbols, residuals):  # type: ignore[no-untyped-def]
+def _split(elements: NDArray[Any], symbols: UInt8s, residuals: UInt8s) -> None:
     """Rotate left by one bit; highest byte to ``symbols``, the others to [byte, element]."""
     bits = np.uint32(8 * elements.itemsize)
     one = np.uint32(1)
@@ -102,7 +102,9 @@ def _split(elements, symbols, residuals):  # type: ignore[no-untyped-def]
     "(Array(uint8, 1, 'C', readonly=True), UniTuple(Array(uint8, 1, 'C', readonly=True), 3),"
     " uint32[::1])",
 )
-def _merge(symbols, residuals, elements):  # type: ignore[no-untyped-def]
+def _merge(
+    symbols: UInt8s, residuals: tuple[UInt8s, UInt8s, UInt8s], elements: NDArray[Any]
+) -> None:
     """The inverse of _split; of ``residuals`` only the element's own are read."""
     one, eight = np.uint32(1), np.uint32(8)
     low, middle, high = residuals
@@ -131,9 +133,9 @@ class _Head:
     """
 
     channels: int
-    grids: NDArray[np.uint8]
-    cell_classes: NDArray[np.uint8]
-    frequencies: NDArray[np.uint16]
+    grids: UInt8s
+    cell_classes: UInt8s
+    frequencies: UInt16s
 
     def pack(self, level: int) -> bytes:
         fields = [
@@ -207,7 +209,7 @@ def _decompress_head(part: memoryview, num_symbols: int) -> bytes:
     return decompress_exactly(part[4:], size)
 
 
-def _class_of_cells(means: NDArray[np.float32], num_symbols: int, binade: int) -> NDArray[np.uint8]:
+def _class_of_cells(means: Float32s, num_symbols: int, binade: int) -> UInt8s:
     """uint8 [cell]: cells by mean symbol, in equal steps over the range that most means lie in.
 
     The step shrinks as cells grow: 1 binade for cells of 16 values, 1/2 for 64 and more. A finer
@@ -222,7 +224,8 @@ def _class_of_cells(means: NDArray[np.float32], num_symbols: int, binade: int) -
     steps = np.clip(steps, 0, most_classes - 1).astype(np.uint8)
     used = np.bincount(steps, minlength=most_classes) > 0
     class_of_step = (np.cumsum(used) - 1).astype(np.uint8)
-    return class_of_step[steps]
+    classes: UInt8s = class_of_step[steps]
+    return classes
 
 
 class LosslessCodec(Codec):
@@ -251,9 +254,7 @@ class LosslessCodec(Codec):
         tail = source[num_symbols * width :]
         return [*parts, tail] if tail else parts
 
-    def _encode_symbols(
-        self, symbols: NDArray[np.uint8], channels: int, binade: int
-    ) -> list[Buffer]:
+    def _encode_symbols(self, symbols: UInt8s, channels: int, binade: int) -> list[Buffer]:
         channels = cells.unit_channels(channels, symbols.size)
         grids = np.empty(cells.num_units(symbols.size, channels), np.uint8)
         cells.choose_grids(symbols, channels, TRIM_BINADES * binade, grids)
@@ -272,7 +273,7 @@ class LosslessCodec(Codec):
         head = _Head(channels, grids, cell_classes, frequencies)
         return [head.pack(self._level), words[start:].tobytes()]
 
-    def _encode_residual(self, plane: NDArray[np.uint8]) -> Buffer:
+    def _encode_residual(self, plane: UInt8s) -> Buffer:
         if _looks_random(plane):
             return plane.tobytes()
         compressed = compressor(self._level).compress(plane.data)
@@ -309,7 +310,7 @@ def _has_symbols(layout: ChunkLayout, num_symbols: int) -> bool:
     return layout.element != "u8" and num_symbols >= MIN_SYMBOLS
 
 
-def _looks_random(plane: NDArray[np.uint8]) -> bool:
+def _looks_random(plane: UInt8s) -> bool:
     """Whether a sample of the plane has an entropy so near 8 bits that zstandard would lose."""
     sample = plane[:: max(1, plane.size // 8192)]
     counts = np.bincount(sample, minlength=256)
@@ -317,9 +318,7 @@ def _looks_random(plane: NDArray[np.uint8]) -> bool:
     return float(-(present * np.log2(present)).sum()) > 7.5
 
 
-def _decode_symbols(
-    head_part: memoryview, rans_part: memoryview, num_symbols: int
-) -> NDArray[np.uint8]:
+def _decode_symbols(head_part: memoryview, rans_part: memoryview, num_symbols: int) -> UInt8s:
     """uint8 [num_symbols], in this thread's scratch."""
     head = _Head.unpack(head_part, num_symbols)
     if len(rans_part) < rans.STATES_SIZE_BYTES or len(rans_part) % 2:
@@ -335,7 +334,7 @@ def _decode_symbols(
     return symbols
 
 
-def _decode_residual(part: memoryview, num_symbols: int) -> NDArray[np.uint8]:
+def _decode_residual(part: memoryview, num_symbols: int) -> UInt8s:
     if len(part) == num_symbols:
         return np.frombuffer(part, np.uint8)
     return np.frombuffer(decompress_exactly(part, num_symbols), np.uint8)

@@ -3,14 +3,14 @@
 After J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540), in the interleaved form of F. Giesen
 (arXiv:1402.3392): 32-bit states renormalised by 16-bit words. Symbol i belongs to lane i mod 16;
 the encoder walks backwards, so the decoder reads
-forwards: the uint32 state of each lane, then the uint16 words.
+forwards: the uint32 state of each lane, then the uint16 words. Hosts are little-endian.
 
 Invariant: a state is at least 2**16 between symbols, and back at 2**16 when all are decoded.
 """
 
 import numpy as np
 
-from mcp_vllm.codec.kernel import kernel
+from mcp_vllm.codec.kernel import UInt8s, UInt16s, UInt32s, kernel
 
 NUM_LANES = 16
 TABLE_BITS = 12
@@ -31,21 +31,21 @@ _ONE = np.uint32(1)
 
 
 @kernel("(uint32[:,::1], uint16[:,::1])")
-def normalize(counts, frequencies):
+def normalize(counts: UInt32s, frequencies: UInt16s) -> None:
     """Scale each row of counts [class, 256] to sum to TABLE_SIZE, no present symbol below 1.
 
     A row without counts stays all zero.
     """
     for row in range(counts.shape[0]):
-        total = np.int64(0)
+        total = 0
         for symbol in range(256):
-            total += counts[row, symbol]
+            total += int(counts[row, symbol])
         if total == 0:
             frequencies[row, :] = 0
             continue
-        excess = np.int64(-TABLE_SIZE)
+        excess = -TABLE_SIZE
         for symbol in range(256):
-            count = np.int64(counts[row, symbol])
+            count = int(counts[row, symbol])
             frequency = (count * TABLE_SIZE + total // 2) // total
             if count > 0 and frequency == 0:
                 frequency = 1
@@ -57,13 +57,13 @@ def normalize(counts, frequencies):
                 if frequencies[row, symbol] > frequencies[row, largest]:
                     largest = symbol
             # Not more than a quarter at once: the rounding error is shared by the largest few.
-            change = min(excess, max(1, frequencies[row, largest] // 4))
+            change = min(excess, max(1, int(frequencies[row, largest]) // 4))
             frequencies[row, largest] -= change
             excess -= change
 
 
 @kernel("(Array(uint16, 2, 'C', readonly=True), uint32[::1])")
-def build_decoding_table(frequencies, table):
+def build_decoding_table(frequencies: UInt16s, table: UInt32s) -> None:
     """Fill table [class * TABLE_SIZE + slot] from frequencies that sum to TABLE_SIZE per class."""
     slot = 0
     for row in range(frequencies.shape[0]):
@@ -84,35 +84,38 @@ def most_words(num_symbols: int) -> int:
     "int64(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True),"
     " Array(uint16, 2, 'C', readonly=True), uint16[::1])"
 )
-def encode(symbols, classes, frequencies, words):
+def encode(symbols: UInt8s, classes: UInt8s, frequencies: UInt16s, words: UInt16s) -> int:
     """Write states and words to the end of ``words`` [most_words]; return where they start.
 
     Every symbol must have a frequency in the table of its class.
     """
     flat = frequencies.ravel()
     starts = np.empty(flat.size, np.uint32)
-    for entry in range(flat.size):
-        starts[entry] = 0 if entry % 256 == 0 else starts[entry - 1] + np.uint32(flat[entry - 1])
+    for row in range(0, flat.size, 256):
+        start = np.uint32(0)
+        for symbol in range(256):
+            starts[row + symbol] = start
+            start += np.uint32(flat[row + symbol])
     states = np.full(NUM_LANES, _STATE_LOW, np.uint32)
     position = words.size
     for past in range(symbols.size, 0, -1):
         # Unsigned, as every index here: a signed one costs a test for being negative.
         index = np.uint64(past - 1)
         lane = index % _LANES
-        state = states[lane]
+        state = np.uint32(states[lane])
         entry = (np.uint32(classes[index]) << np.uint32(8)) | np.uint32(symbols[index])
         frequency = np.uint32(flat[entry])
         # Without a branch, which would be mispredicted too often: store first, then keep or not.
         full = np.uint64(state) >= np.uint64(frequency) << np.uint64(32 - TABLE_BITS)
         words[np.uint64(position - 1)] = np.uint16(state & _WORD_MASK)
-        position -= full
-        state = state >> _WORD_BITS if full else state
+        position -= int(full)
+        state = np.uint32(state >> _WORD_BITS if full else state)
         quotient = np.uint32(state // frequency)
         states[lane] = (quotient << _BITS) + (state - quotient * frequency) + starts[entry]
-    for lane in range(NUM_LANES - 1, -1, -1):
-        position -= 2
-        words[position] = np.uint16(states[lane] & _WORD_MASK)
-        words[position + 1] = np.uint16(states[lane] >> _WORD_BITS)
+    position -= 2 * NUM_LANES
+    for number in range(NUM_LANES):
+        words[position + 2 * number] = np.uint16(states[number] & _WORD_MASK)
+        words[position + 2 * number + 1] = np.uint16(states[number] >> _WORD_BITS)
     return position
 
 
@@ -120,7 +123,7 @@ def encode(symbols, classes, frequencies, words):
     "boolean(Array(uint16, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True),"
     " Array(uint32, 1, 'C', readonly=True), uint8[::1])"
 )
-def decode(words, classes, table, symbols):
+def decode(words: UInt16s, classes: UInt8s, table: UInt32s, symbols: UInt8s) -> bool:
     """Fill ``symbols``; False when the words are not a stream of exactly that length.
 
     ``words`` holds the states at least. Whatever it holds, nothing is read out of bounds, if each
@@ -152,4 +155,4 @@ def decode(words, classes, table, symbols):
     intact = position == words.size
     for lane in range(NUM_LANES):
         intact &= states[lane] == _STATE_LOW
-    return intact
+    return bool(intact)
