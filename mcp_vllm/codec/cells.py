@@ -278,6 +278,47 @@ def measure_cells(
         first = past
 
 
+@kernel("int64(Array(float32, 1, 'C', readonly=True), float64, int64, uint8[::1])")
+def classify(means: Float32s, least_step: float, most_classes: int, classes: UInt8s) -> int:
+    """Class of each cell by equal steps of its mean; returns how many classes there are.
+
+    The steps divide the range without the 1 % of cells at each end. Classes are numbered in order,
+    none is empty; a cell without symbols (a mean of NaN) joins the lowest.
+    """
+    bins_per_symbol = 4
+    last_bin = 256 * bins_per_symbol - 1
+    counts = np.zeros(last_bin + 1, np.int64)
+    for cell in range(means.size):
+        if not np.isnan(means[cell]):
+            counts[min(max(int(means[cell] * bins_per_symbol), 0), last_bin)] += 1
+    most_outliers = counts.sum() // 100
+    low = 0
+    below = counts[0]
+    while below <= most_outliers and low < last_bin:
+        low += 1
+        below += counts[low]
+    high = last_bin
+    above = counts[high]
+    while above <= most_outliers and high > low:
+        high -= 1
+        above += counts[high]
+    origin = low / bins_per_symbol
+    step = max(least_step, (high + 1 - low) / bins_per_symbol / most_classes)
+    number_of_step = np.zeros(most_classes, np.uint8)
+    for cell in range(means.size):
+        if not np.isnan(means[cell]):
+            classes[cell] = min(max(int((means[cell] - origin) / step), 0), most_classes - 1)
+            number_of_step[classes[cell]] = 1
+    num_classes = 0
+    for number in range(most_classes):
+        is_used = number_of_step[number]
+        number_of_step[number] = num_classes
+        num_classes += is_used
+    for cell in range(means.size):
+        classes[cell] = 0 if np.isnan(means[cell]) else number_of_step[classes[cell]]
+    return num_classes
+
+
 @kernel(
     "(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True), int64, uint8[::1])"
 )

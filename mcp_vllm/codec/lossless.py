@@ -7,9 +7,9 @@ bytes are the *symbols*; the other bytes are planes of nearly incompressible *re
 Symbols are grouped into cells (cells.py), cells of similar mean into at most 16 classes, and each
 class gets a static rANS table (rans.py). Parts of an encoded chunk:
 
-1. uint32 size of the head, then the head compressed by zstandard: uint32 channels, uint8 number of
-   classes, the grid of each unit (uint8), the class of each cell (uint8), then per class its first
-   and last symbol (uint8) and the frequencies from one to the other (uint16)
+1. uint32 size of the head, then the head compressed by zstandard: uint32 channels; uint8 number of
+   classes; uint8 first and last symbol that occur; the grid of each unit (uint8); the class of each
+   cell (uint8); per class the frequencies from the first symbol to the last (uint16)
 2. rANS: uint32 states, then uint16 words
 3. a part for each residual byte of the element, lowest first: stored, or zstandard if smaller
 4. the bytes after the last whole element, if any
@@ -36,7 +36,7 @@ from mcp_vllm.codec.byte_planes import (
     decompress_exactly,
 )
 from mcp_vllm.codec.errors import FrameError
-from mcp_vllm.codec.kernel import Float32s, UInt8s, UInt16s, kernel
+from mcp_vllm.codec.kernel import UInt8s, UInt16s, kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,7 @@ TRIM_BINADES = 3
 # How much the symbol of a value grows when the value doubles; f8 is taken as e4m3.
 _BINADE: dict[Element, int] = {"bf16": 1, "f32": 1, "f16": 8, "f8": 16}
 
-_HEAD = struct.Struct("<IB")
+_HEAD = struct.Struct("<IBBB")
 _ROTATED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 # Scratch of a thread is kept between chunks up to this size: fresh pages cost as much as a pass.
 _MAX_KEPT_BYTES = 8 << 20
@@ -138,24 +138,23 @@ class _Head:
     frequencies: UInt16s
 
     def pack(self, level: int) -> bytes:
-        fields = [
-            _HEAD.pack(self.channels, len(self.frequencies)),
-            self.grids.tobytes(),
-            self.cell_classes.tobytes(),
-        ]
-        for table in self.frequencies:
-            present = np.flatnonzero(table)
-            first, last = int(present[0]), int(present[-1])
-            fields.append(bytes([first, last]))
-            fields.append(table[first : last + 1].astype("<u2").tobytes())
-        head = b"".join(fields)
+        present = np.flatnonzero(self.frequencies.any(axis=0))
+        first, last = int(present[0]), int(present[-1])
+        head = b"".join(
+            [
+                _HEAD.pack(self.channels, len(self.frequencies), first, last),
+                self.grids.tobytes(),
+                self.cell_classes.tobytes(),
+                self.frequencies[:, first : last + 1].tobytes(),
+            ]
+        )
         return struct.pack("<I", len(head)) + compressor(level).compress(head)
 
     @classmethod
     def unpack(cls, part: memoryview, num_symbols: int) -> _Head:
         """Parse an untrusted head; FrameError unless every index in it can be followed blindly."""
         fields = _Fields(_decompress_head(part, num_symbols))
-        channels, num_classes = _HEAD.unpack(fields.take(_HEAD.size))
+        channels, num_classes, first, last = _HEAD.unpack(fields.take(_HEAD.size))
         if not 1 <= num_classes <= MAX_CLASSES:
             raise FrameError(f"lossless part declares {num_classes} classes")
         if channels != cells.unit_channels(channels, num_symbols):
@@ -167,12 +166,10 @@ class _Head:
         cell_classes = np.frombuffer(fields.take(num_cells), np.uint8)
         if cell_classes.max(initial=0) >= num_classes:
             raise FrameError("lossless part names a class without a table")
+        num_present = max(0, last + 1 - first)
+        tables = np.frombuffer(fields.take(2 * num_classes * num_present), np.uint16)
         frequencies = np.zeros((num_classes, 256), np.uint16)
-        for table in frequencies:
-            first, last = fields.take(2)
-            table[first : last + 1] = np.frombuffer(
-                fields.take(2 * max(0, last + 1 - first)), "<u2"
-            )
+        frequencies[:, first : first + num_present] = tables.reshape(num_classes, num_present)
         if (frequencies.sum(axis=1) != rans.TABLE_SIZE).any():
             raise FrameError("lossless part holds a table that does not add up")
         if fields.remaining:
@@ -209,23 +206,11 @@ def _decompress_head(part: memoryview, num_symbols: int) -> bytes:
     return decompress_exactly(part[4:], size)
 
 
-def _class_of_cells(means: Float32s, num_symbols: int, binade: int) -> UInt8s:
-    """uint8 [cell]: cells by mean symbol, in equal steps over the range that most means lie in.
-
-    The step shrinks as cells grow: 1 binade for cells of 16 values, 1/2 for 64 and more. A finer
-    class of a small cell would cost more than it saves.
+def _class_step(num_cells: int, num_symbols: int, binade: int) -> float:
+    """How far apart the means of classes are at least: 1 binade for cells of 16 symbols, 1/2 for
+    64 and more. A finer class of a small cell would cost more than it saves.
     """
-    low, high = np.quantile(means[~np.isnan(means)], [0.01, 0.99])
-    most_classes = min(MAX_CLASSES, max(1, num_symbols // SYMBOLS_PER_CLASS))
-    finest = binade * min(1.0, max(0.5, 4.0 * np.sqrt(len(means) / num_symbols)))
-    step = max(finest, (high - low) / most_classes)
-    # A cell past the end of the plane joins the lowest class, which is never empty.
-    steps = (np.nan_to_num(means, nan=low) - low) / step
-    steps = np.clip(steps, 0, most_classes - 1).astype(np.uint8)
-    used = np.bincount(steps, minlength=most_classes) > 0
-    class_of_step = (np.cumsum(used) - 1).astype(np.uint8)
-    classes: UInt8s = class_of_step[steps]
-    return classes
+    return float(binade * min(1.0, max(0.5, 4.0 * np.sqrt(num_cells / num_symbols))))
 
 
 class LosslessCodec(Codec):
@@ -261,10 +246,16 @@ class LosslessCodec(Codec):
         num_cells = cells.num_cells(grids, channels, symbols.size)
         means = np.empty(num_cells, np.float32)
         cells.measure_cells(symbols, grids, channels, TRIM_BINADES * binade, means)
-        cell_classes = _class_of_cells(means, symbols.size, binade)
+        cell_classes = np.empty(num_cells, np.uint8)
+        num_classes = cells.classify(
+            means,
+            _class_step(num_cells, symbols.size, binade),
+            min(MAX_CLASSES, symbols.size // SYMBOLS_PER_CLASS),
+            cell_classes,
+        )
         classes = _scratch("classes", symbols.size)
         cells.spread_classes(cell_classes, grids, channels, classes)
-        counts = np.empty((int(cell_classes.max()) + 1, 256), np.uint32)
+        counts = np.empty((num_classes, 256), np.uint32)
         cells.count_symbols(symbols, classes, counts)
         frequencies = np.empty(counts.shape, np.uint16)
         rans.normalize(counts, frequencies)
@@ -312,7 +303,7 @@ def _has_symbols(layout: ChunkLayout, num_symbols: int) -> bool:
 
 def _looks_random(plane: UInt8s) -> bool:
     """Whether a sample of the plane has an entropy so near 8 bits that zstandard would lose."""
-    sample = plane[:: max(1, plane.size // 8192)]
+    sample = plane[:: max(1, plane.size // 4096)]
     counts = np.bincount(sample, minlength=256)
     present = counts[counts > 0] / sample.size
     return float(-(present * np.log2(present)).sum()) > 7.5

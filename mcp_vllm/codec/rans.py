@@ -13,7 +13,7 @@ import numpy as np
 from mcp_vllm.codec.kernel import UInt8s, UInt16s, UInt32s, kernel
 
 NUM_LANES = 16
-TABLE_BITS = 12
+TABLE_BITS = 11
 TABLE_SIZE = 1 << TABLE_BITS
 STATES_SIZE_BYTES = 4 * NUM_LANES
 
