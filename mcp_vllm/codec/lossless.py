@@ -232,7 +232,7 @@ class LosslessCodec(Codec):
             return self._byte_planes.encode(source, layout)
         elements = _aligned(source[: num_symbols * width], _ROTATED[width])
         symbols = _scratch("symbols", num_symbols)
-        residuals = _scratch("residuals", num_symbols * (width - 1)).reshape(width - 1, num_symbols)
+        residuals = np.empty((width - 1, num_symbols), np.uint8)  # Parts themselves, so no scratch.
         _split(elements, symbols, residuals)
         parts = self._encode_symbols(symbols, layout.channels, _BINADE[layout.element])
         parts += [self._encode_residual(plane) for plane in residuals]
@@ -266,9 +266,9 @@ class LosslessCodec(Codec):
 
     def _encode_residual(self, plane: UInt8s) -> Buffer:
         if _looks_random(plane):
-            return plane.tobytes()
+            return plane.data
         compressed = compressor(self._level).compress(plane.data)
-        return compressed if len(compressed) < plane.size else plane.tobytes()
+        return compressed if len(compressed) < plane.size else plane.data
 
     def decode_into(self, parts: Sequence[Buffer], out: memoryview, layout: ChunkLayout) -> None:
         width = layout.element_size_bytes
