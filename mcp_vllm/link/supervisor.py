@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from blake3 import blake3
+
 from mcp_vllm.link.client import AgentStarting
 from mcp_vllm.link.protocol import LinkError
 
@@ -32,8 +34,8 @@ RESTART_MAX_S = 10.0
 def own_socket_path(engine_id: str) -> Path:
     """Where this host's engines find the agent that rank 0 starts; ranks differ in `_dp<rank>`."""
     base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    name = engine_id.rsplit("_dp", 1)[0]
-    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name[:48]}.sock"
+    name = blake3(engine_id.rsplit("_dp", 1)[0].encode()).hexdigest(8)
+    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name}.sock"
 
 
 class AgentSupervisor:
