@@ -1,0 +1,166 @@
+"""Gemma-3-270m (six KV cache groups, sliding windows) on two hosts: identity, sessions, isolation.
+
+The tests share one pair of engines and run in order of their names' lines; each uses prompts of its
+own, so none depends on what another left behind.
+"""
+
+import urllib.request
+
+import pytest
+
+from mcp_vllm.demo.ask import client_of
+from mcp_vllm.demo.document import research_ship_manual
+from mcp_vllm.demo.pair import START_DEADLINE_S
+from mcp_vllm.demo.weights import ensure_gemma
+from tests.integration.conftest import start_pair
+from tests.integration.engine_client import NO_IMPORT, complete, counters, get_json
+from tests.integration.identity import (
+    check_concurrent,
+    check_pages_and_tokens,
+    host_is_idle,
+    urls,
+    wait_until_stored,
+)
+from tests.integration.prompts import prompts
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.engine
+NUM_CHARS = 6000  # about 1,400 of Gemma's tokens
+
+
+@pytest.fixture(scope="module")
+def pair(log_folder):
+    yield from start_pair(ensure_gemma(progress=False), log_folder)
+
+
+def test_imported_pages_and_tokens_equal_the_sources(pair):
+    check_pages_and_tokens(pair, prompts(8, NUM_CHARS))
+
+
+def test_eight_at_once_give_the_same_tokens(pair):
+    check_concurrent(pair, [f"At once. {prompt}" for prompt in prompts(8, NUM_CHARS)])
+
+
+def test_a_chat_session_moves_with_its_generated_tokens(pair):
+    a, b = urls(pair)
+    messages = [{"role": "user", "content": f"Move. {research_ship_manual()}\n\nWho is captain?"}]
+    params = {"session_id": "moving", "tenant": "tests"}
+    first = chat(a, messages, params, max_tokens=200)
+    messages.append({"role": "assistant", "content": first.choices[0].message.content})
+    messages.append({"role": "user", "content": "And what is the home port?"})
+    wait_until_stored(pair, "A")
+    moved = chat(b, messages, params, max_tokens=16)
+    # The answer's own blocks were stored too: more is imported than the first prompt has.
+    assert moved.kv_transfer_params["imported_tokens"] > first.usage.prompt_tokens
+    assert moved.kv_transfer_params["session_id"] == "moving"
+    assert moved.kv_transfer_params["import_ms"] > 0
+    reference = chat(a, messages, {**params, **NO_IMPORT}, max_tokens=16)
+    assert moved.choices[0].message.content == reference.choices[0].message.content
+    wait_for("the turn in B's manifest", lambda: session(pair["B"], "tests", "moving"))
+    assert session(pair["A"], "tests", "moving")["turns"] == 2
+    assert session(pair["B"], "tests", "moving")["num_tokens"] > first.usage.prompt_tokens
+
+
+def test_a_stream_may_name_its_session_in_a_header(pair):
+    a, _ = urls(pair)
+    client = client_of(a)
+    stream = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": f"Header. {research_ship_manual()}"}],
+        max_tokens=4,
+        stream=True,
+        extra_headers={"X-Session-Id": "from a header", "X-Tenant-Id": "tests"},
+    )
+    assert sum(len(part.choices) for part in stream) > 0
+    found = wait_for(
+        "the session of the header", lambda: session(pair["A"], "tests", "from a header")
+    )
+    assert found["turns"] == 1
+
+
+def test_without_a_session_the_content_is_found_all_the_same(pair):
+    a, b = urls(pair)
+    prompt = f"No session. {research_ship_manual()}"
+    complete(a, prompt, 1)
+    wait_until_stored(pair, "A")
+    answer = complete(b, prompt, 1)
+    assert answer.params["session_id"] is None
+    assert answer.params["imported_tokens"] > 0
+
+
+def test_different_salts_share_nothing(pair):
+    a, b = urls(pair)
+    prompt = f"Salted. {research_ship_manual()}"
+    complete(a, prompt, 1, salt="one")
+    wait_until_stored(pair, "A")
+    assert complete(b, prompt, 1, salt="two").params["imported_tokens"] == 0
+    assert complete(b, prompt, 1).params["imported_tokens"] == 0
+    assert complete(b, prompt, 1, salt="one").params["imported_tokens"] > 0
+
+
+def test_a_session_of_impossible_name_does_not_fail_the_request(pair):
+    a, _ = urls(pair)
+    answer = complete(a, "A name that cannot be.", 2, params={"session_id": ["not", "text"]})
+    assert len(answer.tokens) == 2
+    assert answer.params["session_id"] is None
+
+
+def test_cancelled_requests_leave_nothing_behind(pair):
+    a, b = urls(pair)
+    cancelled = [f"Cancelled. {prompt}" for prompt in prompts(4, NUM_CHARS)]
+    for prompt in cancelled:
+        complete(a, prompt, 1)
+    wait_until_stored(pair, "A")
+    for prompt in cancelled:
+        stream_and_hang_up(b, prompt)
+    wait_for("B's agent to be idle", lambda: host_is_idle(pair["B"]))
+    wait_for("B's engine to be idle", lambda: counters(b)["vllm:num_requests_running"] == 0)
+    for prompt in cancelled:
+        reference = complete(a, prompt, 16, params=NO_IMPORT)
+        assert complete(b, prompt, 16).tokens == reference.tokens
+
+
+def test_a_restarted_engine_is_warm_from_its_agent(pair):
+    _, b = urls(pair)
+    prompt = f"Restart. {research_ship_manual()}"
+    complete(b, prompt, 64)
+    wait_until_stored(pair, "B")
+    reference = complete(b, prompt, 64, params=NO_IMPORT)
+    pair["B"].engine.stop()
+    engine = pair["B"].start_engine(ensure_gemma(progress=False))
+    engine.wait_ready(START_DEADLINE_S)
+    warm = complete(engine.base_url, prompt, 64)
+    assert warm.params["imported_from"] == ["agent"]
+    assert warm.params["wire_bytes"] == 0
+    assert warm.tokens == reference.tokens
+
+
+def chat(base_url, messages, params, max_tokens):
+    client = client_of(base_url)
+    return client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=messages,
+        max_tokens=max_tokens,
+        temperature=0,
+        extra_body={"kv_transfer_params": params, "ignore_eos": True},
+    )
+
+
+def session(host, tenant, session_id):
+    """The session as its agent shows it, or None."""
+    name = urllib.request.quote(session_id)
+    try:
+        return get_json(f"{host.agent_url}/v1/sessions/{tenant}/{name}")
+    except urllib.error.HTTPError as error:
+        assert error.code == 404
+        return None
+
+
+def stream_and_hang_up(base_url, prompt):
+    """Open a stream, take one token and close the connection."""
+    client = client_of(base_url)
+    stream = client.completions.create(
+        model=client.models.list().data[0].id, prompt=prompt, max_tokens=512, stream=True
+    )
+    next(iter(stream))
+    stream.close()
