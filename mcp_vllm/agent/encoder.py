@@ -12,7 +12,7 @@ import contextlib
 import logging
 
 from mcp_vllm.agent.context import AgentContext
-from mcp_vllm.codec import Codec, encode_frame
+from mcp_vllm.codec import encode_frame
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Encoder:
 
     async def _encode(self, name: ChunkKey, chunk: Chunk) -> bytes:
         context = self._context
-        frame = await context.in_pool(_encode, name, chunk, context.codec)
+        frame = await context.in_pool(self._encode_now, name, chunk)
         if chunk.frame is not None:
             return chunk.frame
         context.metrics.encoded_raw_bytes.inc(chunk.raw_bytes)
@@ -86,8 +86,8 @@ class Encoder:
         context.store.set_frame(name, chunk, frame)
         return frame
 
-
-def _encode(name: ChunkKey, chunk: Chunk, codec: Codec) -> bytes:
-    raw = chunk.raw
-    assert raw is not None
-    return encode_frame(name.key, raw.data, chunk.layout, codec)
+    def _encode_now(self, name: ChunkKey, chunk: Chunk) -> bytes:
+        """Runs in the pool."""
+        raw = chunk.raw
+        assert raw is not None
+        return encode_frame(name.key, raw.data, chunk.layout, self._context.codec)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from mcp_vllm.link import protocol
 from mcp_vllm.link.protocol import LENGTH, LinkError, group_index
 from mcp_vllm.link.shared_memory import (
     MappedRows,
+    check_same_user,
     map_rows,
     receive_with_fd,
     reopen_read_only,
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
 # The agent answers a lookup before the engine stops waiting for it.
 LOOKUP_SHARE = 0.8
-PEER_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass
@@ -55,7 +54,7 @@ def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
     Raises:
         McpError or OSError: it is no engine of ours; it has been told why where possible.
     """
-    _check_same_user(sock)
+    check_same_user(sock)
     body, fd = receive_with_fd(sock, HANDSHAKE_S)
     sock.settimeout(HANDSHAKE_S)
     try:
@@ -96,13 +95,6 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         send_with_fd(sock, protocol.pack(welcome), landing_fd)
     finally:
         os.close(landing_fd)
-
-
-def _check_same_user(sock: socket.socket) -> None:
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
-    _, uid, _ = PEER_CREDENTIALS.unpack(raw)
-    if uid not in (os.getuid(), 0):
-        raise LinkError(f"a process of user {uid} is not served")
 
 
 def _check_hello(hello: protocol.Hello) -> None:

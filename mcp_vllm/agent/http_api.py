@@ -58,6 +58,7 @@ class HttpApi:
                 "version": __version__,
                 "agent_id": self._context.agent_id,
                 "engines": int(self._context.metrics.engines._value.get()),
+                "busy_requests": self._context.activity.busy_requests,
                 "chunks": size.num_chunks,
                 "raw_chunks_bytes": size.raw_held_bytes,
                 "held_bytes": size.held_bytes,

@@ -29,7 +29,8 @@ LEVELS = range(1, 23)
 _per_thread = threading.local()
 
 
-def _compressor(level: int) -> zstandard.ZstdCompressor:
+def compressor(level: int) -> zstandard.ZstdCompressor:
+    """This thread's compressor of that level; its frames declare their content size."""
     compressors: dict[int, zstandard.ZstdCompressor] = _per_thread.__dict__.setdefault(
         "by_level", {}
     )
@@ -103,7 +104,7 @@ class BytePlaneZstdCodec(Codec):
         source = flat_bytes(raw)
         width = layout.element_size_bytes
         planes = source if width == 1 else _split_planes(source, width)
-        return [_compressor(self._level).compress(planes)]
+        return [compressor(self._level).compress(planes)]
 
     def decode_into(self, parts: Sequence[Buffer], out: memoryview, layout: ChunkLayout) -> None:
         if len(parts) != 1:

@@ -38,7 +38,7 @@ import xxhash
 from mcp_vllm.codec.base import MAX_PARTS, Codec, RawCodec, flat_bytes
 from mcp_vllm.codec.errors import ChecksumError, CodecError, FrameError
 from mcp_vllm.codec.layout import ELEMENTS, ChunkLayout
-from mcp_vllm.codec.registry import codec_of_id, get_codec
+from mcp_vllm.codec.registry import codec_name_of_id, get_codec
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -153,17 +153,16 @@ def read_header(frame_prefix: Buffer, *, max_raw_size: int) -> FrameHeader:
     part_sizes = struct.unpack(f"<{num_parts}Q", prefix[key_end:body_end])
     if sum(part_sizes) > raw_size or frame_size != header_size + sum(part_sizes):
         raise FrameError("frame size, part sizes and raw size contradict each other")
-    codec = codec_of_id(codec_id)
     return FrameHeader(
         version=version,
         codec_id=codec_id,
-        codec_name=codec.name,
+        codec_name=codec_name_of_id(codec_id),
         key=bytes(prefix[_FIXED.size : key_end]),
         raw_size=raw_size,
         frame_size=frame_size,
         checksum=checksum,
         layout=ChunkLayout(ELEMENTS[element_index], channels),
-        lossless=codec.lossless,
+        lossless=True,
         part_sizes=part_sizes,
     )
 

@@ -93,7 +93,7 @@ class AgentConfig(_Section):
 class CodecConfig(_Section):
     """How blocks are compressed, in the store and on the wire."""
 
-    name: CodecName = "zstd"
+    name: CodecName = "lossless"
     """Codec for new blocks: `raw`, `zstd` or `lossless`. Every codec can be read at any time."""
 
     level: int = Field(default=3, ge=1, le=22)

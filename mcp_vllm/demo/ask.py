@@ -61,8 +61,10 @@ def ask(
     *,
     transfer_params: Mapping[str, Any] | None = None,
     cache_salt: str | None = None,
+    stop: Sequence[str] = (),
 ) -> Answer:
-    """Send a chat turn, greedy, of exactly `max_tokens` tokens, and wait for the whole answer."""
+    """Send a chat turn, greedy, and wait for the whole answer: exactly `max_tokens` tokens, unless
+    one of the texts in `stop` comes before."""
     client = client_of(base_url)
     model = client.models.list().data[0].id
     extra: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
@@ -79,6 +81,7 @@ def ask(
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
+        stop=list(stop) or None,
         extra_body=extra,
     )
     text, token_ids, ttft_s, prompt_tokens = "", [], 0.0, 0

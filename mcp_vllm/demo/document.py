@@ -6,11 +6,12 @@ from the context and not from the model's memory.
 
 from importlib.resources import files
 
+# Asked one after another; Gemma-3-270m (the base model, 4 bits) answers these rightly.
 QUESTIONS = (
-    "Who is the captain of the Halcyon?",
-    "What is the home port of the ship?",
-    "On which day of the week is the emergency generator tested?",
-    "What is the name of the ship's cat?",
+    "What is the name of the captain?",
+    "What are the two main engines called?",
+    "What is the name of the work boat?",
+    "What is the call sign of the Halcyon?",
 )
 
 

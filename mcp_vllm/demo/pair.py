@@ -30,12 +30,14 @@ class Host:
     Attributes:
         name: "A", "B", ...; in file names and tables.
         settings: the configuration that its agent and its engine share.
+        environment: laid over the present one for the engine.
     """
 
     name: str
     folder: Path
     log_folder: Path
     settings: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
     agent: ContextAgent | None = None
     engine: Engine | None = None
 
@@ -60,19 +62,14 @@ class Host:
         self.agent.wait_ready(60)
         return self.agent
 
-    def start_engine(
-        self,
-        model: Path | str,
-        extra_args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-    ) -> Engine:
+    def start_engine(self, model: Path | str, extra_args: Sequence[str] = ()) -> Engine:
         """Start the engine without waiting for it."""
         ours = ("--kv-connector", "mcp", "--mcp-config", str(self.config_path))
         self.engine = Engine.start(
             model,
             free_port(),
             [*ENGINE_ARGS, *ours, *extra_args],
-            env,
+            self.environment,
             log_path=self.log_folder / f"engine-{self.name}.log",
         )
         return self.engine
@@ -130,9 +127,7 @@ class Pair:
             assert host.engine is not None
             host.engine.wait_ready(START_DEADLINE_S)
 
-    def _settings(
-        self, name: str, folder: Path, addresses: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _settings(self, name: str, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
         agent = {"socket": str(folder / f"{name}.sock"), "listen": addresses[name]}
         settings = json.loads(json.dumps(dict(self.settings)))
         settings["agent"] = {**settings.get("agent", {}), **agent}

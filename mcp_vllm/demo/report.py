@@ -21,9 +21,12 @@ def show(result: DemoResult, output: Path) -> bool:
     console = Console()
     console.print(_table(result))
     console.print(f"B's answer to turn 4: {result.answer.strip()!r}")
-    console.print(_verdict(result))
+    if result.fault:
+        console.print(f"[bold red]FAILED: {result.fault}[/]; the logs are in {output / 'logs'}")
+    else:
+        console.print(_verdict(result))
     console.print(f"written: {output / 'demo.json'}, {output / 'demo.png'}")
-    return result.tokens_identical
+    return not result.fault
 
 
 def _table(result: DemoResult) -> Table:
@@ -47,9 +50,8 @@ def _table(result: DemoResult) -> Table:
 
 def _verdict(result: DemoResult) -> str:
     times = result.ttft_ms
-    tokens = "the same tokens" if result.tokens_identical else "OTHER TOKENS"
     return (
-        f"The session moved from A to B with {tokens} as on A: first token after "
+        f"The session moved from A to B with the same tokens as on A: first token after "
         f"{times['import']:.0f} ms instead of {times['recompute']:.0f} ms "
         f"({times['import'] / times['recompute']:.2f} of recompute), and after a restart of B in "
         f"{times['restart']:.0f} ms."

@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.demo.fetch_gemma import (
     GGUF_SHA256,
     GGUF_SIZE_BYTES,
@@ -42,14 +43,6 @@ _SMALL_FILE_BYTES = 1 << 20
 
 class ConversionPackageMissing(McpError):
     """A package of the `demo` extra is not installed."""
-
-
-def cache_root() -> Path:
-    """$MCP_VLLM_CACHE, else $XDG_CACHE_HOME/mcp_vllm, else ~/.cache/mcp_vllm."""
-    if own := os.environ.get("MCP_VLLM_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mcp_vllm"
 
 
 def ensure_gemma(progress: bool = True, full_check: bool = False) -> Path:

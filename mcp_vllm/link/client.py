@@ -29,6 +29,7 @@ from mcp_vllm.link.protocol import LENGTH, Key, LinkError, group_index
 from mcp_vllm.link.shared_memory import (
     Bytes2D,
     MappedRows,
+    check_same_user,
     map_rows,
     receive_with_fd,
     send_with_fd,
@@ -270,6 +271,7 @@ class AgentLink:
             until_s = time.monotonic() + self._deadlines.handshake_s
             sock.settimeout(self._deadlines.handshake_s)
             sock.connect(self._socket_path)
+            check_same_user(sock)
             send_with_fd(sock, protocol.pack(hello), self._host_fd)
             self._await_answer(sock, until_s)
             body, fd = receive_with_fd(sock, max(0.001, until_s - time.monotonic()))

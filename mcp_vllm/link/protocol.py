@@ -192,7 +192,7 @@ class Discard(msgspec.Struct, tag=True):
 
 
 class Finish(msgspec.Struct, tag=True):
-    """A request ended. Empty `chains`: it was cancelled or has no session, only forget it."""
+    """A request ended. Empty `chains`: nothing was computed for it, only forget it."""
 
     request_id: str
     chains: list[list[Key]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import struct
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from mcp_vllm.link.protocol import LENGTH, LinkError, body_size
 
 Bytes2D = NDArray[np.uint8]
+
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 
 @dataclass
@@ -66,6 +69,18 @@ def create_memory(name: str, size_bytes: int) -> int:
 def reopen_read_only(fd: int) -> int:
     """A read-only descriptor of the same file; the caller closes it."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def check_same_user(sock: socket.socket) -> None:
+    """Refuse to share memory with another user's process at the other end of a Unix socket.
+
+    Raises:
+        LinkError: it runs as neither our user nor root.
+    """
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid not in (os.getuid(), 0):
+        raise LinkError(f"the other end of the socket runs as user {uid}")
 
 
 def send_with_fd(sock: socket.socket, packed: bytes, fd: int | None) -> None:

@@ -11,7 +11,11 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+from blake3 import blake3
 
 from mcp_vllm.link.client import AgentStarting
 from mcp_vllm.link.protocol import LinkError
@@ -25,6 +29,13 @@ STOP_GRACE_S = 3.0
 SETTLED_S = 10.0
 RESTART_MIN_S = 0.1
 RESTART_MAX_S = 10.0
+
+
+def own_socket_path(engine_id: str) -> Path:
+    """Where this host's engines find the agent that rank 0 starts; ranks differ in `_dp<rank>`."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    name = blake3(engine_id.rsplit("_dp", 1)[0].encode()).hexdigest(8)
+    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name}.sock"
 
 
 class AgentSupervisor:

@@ -57,11 +57,14 @@ class Fingerprint:
         return None
 
     def closest(self, others: list[Fingerprint]) -> Fingerprint | None:
-        """Of `others`, the one that shares most fields with us; None when there is none."""
-        return max(others, key=self._num_shared, default=None)
+        """Of `others`, the one that shares most fields with us, and of equals the one whose first
+        difference comes last; None when there is none."""
+        return max(others, key=self._likeness, default=None)
 
-    def _num_shared(self, other: Fingerprint) -> int:
-        return sum(other.fields.get(name) == value for name, value in self.fields.items())
+    def _likeness(self, other: Fingerprint) -> tuple[int, int]:
+        shared = [other.fields.get(name) == value for name, value in self.fields.items()]
+        first_difference = shared.index(False) if False in shared else len(shared)
+        return sum(shared), first_difference
 
 
 def _shown(value: str | None) -> str:

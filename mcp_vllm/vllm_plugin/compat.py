@@ -1,4 +1,4 @@
-"""Which vLLM we plug into. Imports nothing of vLLM, so that a wrong version cannot break the check."""
+"""Which vLLM we plug into. Imports nothing of vLLM: a wrong version cannot break the check."""
 
 from __future__ import annotations
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
@@ -20,11 +18,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
-from vllm.v1.request import RequestStatus
 
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
-from mcp_vllm.link.supervisor import AgentSupervisor
+from mcp_vllm.link.supervisor import AgentSupervisor, own_socket_path
 from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey, SessionNameError, checked_name
 from mcp_vllm.vllm_plugin import settings
 from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
@@ -83,7 +80,7 @@ class MCPConnector(OffloadingConnector):
 
         socket_path = config.agent.socket
         if socket_path is None:
-            socket_path = _own_socket(engine_id)
+            socket_path = own_socket_path(engine_id)
             if spec.config.parallel.data_parallel_index == 0:
                 self._supervisor = AgentSupervisor(config.to_json(), str(socket_path))
         start_agent = self._supervisor.ensure_running if self._supervisor else _nothing
@@ -119,10 +116,16 @@ class MCPConnector(OffloadingConnector):
         status = self.scheduler._req_status.get(request.request_id)
         if status is None:
             return delay_free, params
-        chains = [list(state.offload_keys) for state in status.group_states]
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            chains = []
-        report = self._tier.conclude(request.request_id, chains, request.num_tokens)
+        # A request that was cancelled counts as far as it came: vLLM ends one that met a stop text
+        # the same way.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        chains = [
+            state.offload_keys[: num_tokens // group.tokens_per_chunk]
+            for group, state in zip(
+                self.scheduler.config.kv_group_configs, status.group_states, strict=True
+            )
+        ]
+        report = self._tier.conclude(request.request_id, chains, num_tokens)
         session = _session_of(request)
         imported_from = list(report.sources) or (["host"] if imported_tokens else [])
         ours = {
@@ -151,13 +154,6 @@ class MCPConnector(OffloadingConnector):
 
 def _nothing() -> None:
     """The agent runs on its own."""
-
-
-def _own_socket(engine_id: str) -> Path:
-    """Where this host's engines find the agent that rank 0 starts; ranks differ in `_dp<rank>`."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    name = engine_id.rsplit("_dp", 1)[0]
-    return Path(base) / f"mcp-vllm-{os.getuid()}" / f"{name[:48]}.sock"
 
 
 def _session_of(request: Request) -> SessionKey:

@@ -60,9 +60,7 @@ class HostCopyWorker(OffloadingWorker):
         self._finish(job_id, num_bytes, started_s)
         return True
 
-    def submit_load(
-        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec
-    ) -> bool:
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
         """Copy host chunks to KV blocks."""
         started_s = time.perf_counter()
         num_bytes = 0

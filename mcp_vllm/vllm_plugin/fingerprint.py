@@ -17,9 +17,11 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 
+from mcp_vllm.cache_folder import cache_root
+from mcp_vllm.errors import McpError
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.session.fingerprint import Fingerprint
-from mcp_vllm.session.weights_identity import WeightsNotFound, weights_identity
+from mcp_vllm.session.weights_identity import weights_identity
 from mcp_vllm.vllm_plugin.compat import release, vllm_version
 
 FORMAT_VERSION = 1
@@ -52,7 +54,7 @@ def engine_fingerprint(
         "parallel": f"tp{parallel.tp_size} pp{parallel.pp_size} "
         f"pcp{parallel.pcp_size} dcp{parallel.dcp_size} world{parallel.world_size}",
         "hash.algorithm": str(cache.prefix_caching_hash_algo),
-        "hash.probe": _hash_probe(str(cache.prefix_caching_hash_algo)),
+        "hash.probe": hash_probe(str(cache.prefix_caching_hash_algo)),
         "hash.tokens": str(spec.tokens_per_hash),
         "vllm": release(vllm_version() or "unknown"),
         "format": str(FORMAT_VERSION),
@@ -78,8 +80,8 @@ def _weights(vllm_config: VllmConfig) -> str:
     if str(vllm_config.load_config.load_format) == "dummy":
         return f"dummy seed {model.seed}"
     try:
-        return weights_identity(_model_path(model))
-    except (WeightsNotFound, OSError) as error:
+        return weights_identity(_model_path(model), cache_root())
+    except (McpError, OSError) as error:
         return f"unknown {uuid.uuid4().hex} ({error})"
 
 
@@ -109,7 +111,7 @@ def _attention_packing() -> str:
     return f"{platform.machine()} {'avx512' if torch.cpu._is_avx512_supported() else 'vec'}"
 
 
-def _hash_probe(algorithm: str) -> str:
+def hash_probe(algorithm: str) -> str:
     """The hash of a fixed first block by this process: differs when two processes hash differently.
 
     Block hashes start from a seed that vLLM draws at random for hashes that are not collision

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from mcp_vllm.config import Address, Config, ConfigError
 from mcp_vllm.errors import McpError
 from mcp_vllm.vllm_plugin import CONNECTOR, settings
 from mcp_vllm.vllm_plugin.settings import RESOLVED_KEY, SETTINGS_KEY
+
+logger = logging.getLogger(__name__)
 
 SESSION_MIDDLEWARE = "mcp_vllm.vllm_plugin.session_header.SessionHeaderMiddleware"
 _INSTALLED = "_mcp_vllm_flags"
@@ -115,7 +118,12 @@ def _add_settings(
         )
     if RESOLVED_KEY not in extra:
         source = mcp_config or extra.get(SETTINGS_KEY)
-        settings.resolve(extra, Config.load(source, peers=tuple(mcp_peer or ())))
+        config = settings.resolve(extra, Config.load(source, peers=tuple(mcp_peer or ())))
+        if mcp_peer and config.agent.socket is not None:
+            logger.warning(
+                "--mcp-peer has no effect: the agent at %s runs on its own and asks its own peers",
+                config.agent.socket,
+            )
 
 
 def _valid_config(text: str) -> str:

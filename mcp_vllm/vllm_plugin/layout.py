@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_offload.base import OffloadingSpec
 
@@ -106,4 +107,6 @@ def _element(kv_cache_spec: KVCacheSpec) -> tuple[str, int]:
         return "u8", 1
     size = spec.dtype.itemsize
     element = _ELEMENTS.get(spec.dtype, "f8" if size == 1 else "u8")
-    return element, max(1, spec.state_content_size_bytes // size)
+    # On CPU a page keeps K and V apart; elsewhere a token's K and V lie together.
+    channels = spec.head_size if current_platform.is_cpu() else spec.state_content_size_bytes // size
+    return element, max(1, channels)

@@ -40,5 +40,7 @@ def definitions() -> dict[str, OffloadingMetricMetadata]:
         m.LOADED_BYTES: counter("Bytes of KV brought by the agent."),
         m.WIRE_BYTES: counter("Bytes that crossed the network for them."),
         m.STORED_BYTES: counter("Bytes of KV that the agent took over."),
-        m.IMPORTED_TOKENS: counter("Prompt tokens that were imported instead of computed."),
+        m.IMPORTED_TOKENS: counter(
+            "Prompt tokens loaded from peers, the agent or host chunks instead of computed."
+        ),
     }

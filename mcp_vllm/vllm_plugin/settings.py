@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_vllm.config import Config
+
 if TYPE_CHECKING:
     from vllm.config.kv_transfer import KVTransferConfig
 
@@ -64,4 +65,3 @@ def _register_parts() -> None:
         OffloadingSpecFactory.register_spec(SPEC, "mcp_vllm.vllm_plugin.spec", SPEC)
     if TIER not in SecondaryTierFactory._registry:
         SecondaryTierFactory.register_tier(TIER, "mcp_vllm.vllm_plugin.tier", "ContextTier")
-

@@ -118,10 +118,7 @@ class ContextTier(SecondaryTierManager):
     def conclude(
         self, request_id: str, chains: list[list[OffloadKey]], num_tokens: int
     ) -> ImportReport:
-        """The request has ended with these chains, which its session remembers; what was brought?
-
-        Empty chains: it was cancelled.
-        """
+        """The request has ended; its session remembers these chains. What was brought for it?"""
         request = self._requests.get(request_id)
         if request is None:
             return ImportReport()

@@ -25,7 +25,8 @@ from mcp_vllm.codec import (
 
 KEY = b"chunk"
 LAYOUT = ChunkLayout("bf16", 16)
-RAW = bf16_kv(24, 16)
+# Long enough that `lossless` takes its own path, and damage reaches every field of it.
+RAW = bf16_kv(80, 16)
 
 
 def small_frame(codec_name: str) -> bytes:

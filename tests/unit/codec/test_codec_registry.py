@@ -1,5 +1,8 @@
 """Names, levels and layouts that a user may get wrong."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mcp_vllm.codec import ChunkLayout, CodecError, codec_names, encode_frame, get_codec
@@ -39,3 +42,10 @@ def test_key_longer_than_the_format_allows_is_refused():
 def test_a_buffer_with_gaps_is_refused():
     with pytest.raises(CodecError, match="contiguous"):
         encode_frame(b"key", memoryview(bytes(16))[::2], ChunkLayout("u8"), get_codec("raw"))
+
+
+def test_importing_the_package_loads_no_engine_no_network_and_no_compiler():
+    heavy = ["numba", "torch", "vllm", "aiohttp"]
+    check = f"import sys, mcp_vllm.codec; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
