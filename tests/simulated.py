@@ -86,6 +86,7 @@ def settings(*peers: str, codec: str = "zstd", **agent: object) -> Config:
 @contextlib.asynccontextmanager
 async def running_agent(config: Config, socket_path: Path) -> AsyncIterator[Agent]:
     """A real agent in this event loop."""
+    get_codec("lossless")  # loaded beside an agent's start, which may take longer than a lookup
     agent = Agent(config, socket_path, owned=False)
     task = asyncio.create_task(agent.run())
     try:
