@@ -1,5 +1,5 @@
-"""Stand-ins for what surrounds an agent: an engine (its end of the link over real shared memory), and
-peers that misbehave. Everything uses real sockets; nothing needs vLLM."""
+"""Stand-ins for what surrounds an agent: an engine (its end of the link over real shared memory),
+and peers that misbehave. Everything uses real sockets; nothing needs vLLM."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def settings(*peers: str, codec: str = "zstd", **agent: object) -> Config:
 @contextlib.asynccontextmanager
 async def running_agent(config: Config, socket_path: Path) -> AsyncIterator[Agent]:
     """A real agent in this event loop."""
+    get_codec("lossless")  # loaded beside an agent's start, which may take longer than a lookup
     agent = Agent(config, socket_path, owned=False)
     task = asyncio.create_task(agent.run())
     try:
@@ -215,7 +216,7 @@ class SimulatedPeer:
 
     async def __aenter__(self) -> SimulatedPeer:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.name = "127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
+        self.name = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *error: object) -> None:

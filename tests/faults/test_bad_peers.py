@@ -298,11 +298,11 @@ async def test_a_silent_peer_does_not_hide_what_another_has(tmp_path: Path) -> N
     async with (
         SimulatedPeer(never, never) as silent,
         SimulatedPeer(has_all, sends_all) as good,
-        engine_with_peers(tmp_path, silent.name, good.name) as (engine, _),
+        engine_with_peers(tmp_path, silent.name, good.name, lookup_ms=8000) as (engine, _),
     ):
         started_s = time.monotonic()
         assert await engine.lookup("r", NAMES) == [1, 1, 1, 1]
-        assert time.monotonic() - started_s < 0.7, "waited for the silent peer"
+        assert time.monotonic() - started_s < 4, "waited for the silent peer"
         done = await engine.load("r", NAMES, CHUNK_IDS)
         assert (done.failed, done.sources) == (frozenset(), (good.name,))
 

@@ -70,6 +70,7 @@ async def test_what_was_stored_is_loaded_back_byte_for_byte(tmp_path: Path) -> N
             assert await engine.lookup("r", NAMES) == [0, 0, 0, 0]
             await fill_and_store(engine)
             await committed(agent)
+            store = agent._context.store
             assert await engine.lookup("r", [*NAMES, key(7)]) == [1, 1, 1, 1, 0]
             for encoded in (False, True):
                 engine.rows[8:12] = 0
@@ -80,8 +81,7 @@ async def test_what_was_stored_is_loaded_back_byte_for_byte(tmp_path: Path) -> N
                 assert not engine.rows[11, 4 << 10 : 8 << 10].any(), "between the spans"
                 if not encoded:
                     engine.link.send(protocol.Finish("r", [NAMES[:3], NAMES[3:]], 48))
-                    store = agent._context.store
-                    await until(lambda: store.size().raw_held_bytes == 0, "the encoder")
+                    await until(lambda: not store.size().raw_held_bytes, "the encoder")
             assert store.size().held_bytes < done.raw_bytes
             store.check_integrity()
 

@@ -142,8 +142,8 @@ async def test_two_who_ask_for_a_frame_share_one_encoding(
     context: AgentContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    real = encoder_module._encode
-    monkeypatch.setattr(encoder_module, "_encode", lambda *a: calls.append(a) or real(*a))
+    real = encoder_module.encode_frame
+    monkeypatch.setattr(encoder_module, "encode_frame", lambda *a: calls.append(a) or real(*a))
     encoder = Encoder(context)
     name, chunk = add(context, 1)
     raw = chunk.raw
