@@ -108,5 +108,7 @@ def _element(kv_cache_spec: KVCacheSpec) -> tuple[str, int]:
     size = spec.dtype.itemsize
     element = _ELEMENTS.get(spec.dtype, "f8" if size == 1 else "u8")
     # On CPU a page keeps K and V apart; elsewhere a token's K and V lie together.
-    channels = spec.head_size if current_platform.is_cpu() else spec.state_content_size_bytes // size
+    channels = (
+        spec.head_size if current_platform.is_cpu() else spec.state_content_size_bytes // size
+    )
     return element, max(1, channels)

@@ -33,8 +33,10 @@ def test_a_different_fingerprint_is_a_miss_and_the_log_names_the_field(hosts, na
     assert answer.params["imported_tokens"] == 0
     wait_for(
         f"{field} in the agent's log",
-        lambda: f"cannot exchange blocks with us: {field}: ours is"
-        in hosts[name].agent.log_path.read_text(),
+        lambda: (
+            f"cannot exchange blocks with us: {field}: ours is"
+            in hosts[name].agent.log_path.read_text()
+        ),
     )
     assert counters(hosts[name].agent_url)["mcp_agent_fingerprint_mismatches_total"] >= 1
     assert counters(hosts["A"].agent_url)["mcp_agent_sent_chunks_total"] == 0

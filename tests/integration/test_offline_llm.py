@@ -38,8 +38,9 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("form", ["config", "keyword"])
 def test_llm_stores_and_loads_through_the_connector(tiny_model, tmp_path, form):
-    from mcp_vllm.demo.engines import default_environment
     import os
+
+    from mcp_vllm.demo.engines import default_environment
 
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
