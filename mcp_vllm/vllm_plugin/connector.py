@@ -30,7 +30,9 @@ from mcp_vllm.vllm_plugin.tier import ContextTier
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # How long the engine's start-up waits for its agent; serving starts without it after that.
 START_WAIT_S = 20.0
+# How long a step with nothing to compute may wait for the agent's next word.
+IDLE_STEP_S = 0.005
 
 
 class MCPConnector(OffloadingConnector):
@@ -97,6 +101,14 @@ class MCPConnector(OffloadingConnector):
         status.update_offload_keys()
         chains = [list(state.offload_keys) for state in status.group_states]
         self._tier.prepare(status.req_context, _session_of(request), chains)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        metadata = super().build_connector_meta(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            # vLLM steps on without a pause while requests wait for us, and on a small machine takes
+            # the cores that the agent needs to answer.
+            self._tier.wait_for_agent(IDLE_STEP_S)
+        return metadata
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -125,6 +125,11 @@ class ContextTier(SecondaryTierManager):
         request.chains, request.num_tokens = chains, num_tokens
         return request.report
 
+    def wait_for_agent(self, timeout_s: float) -> None:
+        """Block until the agent says something that is waited for, at most that long."""
+        if self._link is not None and (self._lookups or self._jobs):
+            self._link.wait_event(timeout_s)
+
     def count_imported_tokens(self, num_tokens: int) -> None:
         self._stats.increase_counter(EngineMetrics.IMPORTED_TOKENS, num_tokens)
 

@@ -83,6 +83,14 @@ def page_digests(base_url: str) -> list[str]:
         return json.load(response)["results"][0]
 
 
+def labelled_counters(url: str) -> dict[str, float]:
+    """The samples of a server's `/metrics` by name and labels, as they stand there."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
 def get_json(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=30) as response:
         return json.load(response)
@@ -95,5 +103,6 @@ __all__ = [
     "complete",
     "counters",
     "get_json",
+    "labelled_counters",
     "page_digests",
 ]

@@ -8,6 +8,7 @@ from tests.integration.engine_client import (
     assert_same_or_near_tie,
     complete,
     counters,
+    labelled_counters,
     page_digests,
 )
 from tests.waiting import wait_for
@@ -37,6 +38,18 @@ def host_is_idle(host) -> bool:
     return get_json(f"{host.agent_url}/healthz")["busy_requests"] == 0
 
 
+def lookups(pair: Pair) -> dict[str, float]:
+    """What both sides counted about lookups, to explain a miss."""
+    names = ("mcp_lookup", "mcp_agent_lookup", "peer_failures", "mcp_agent_stored_chunks")
+    return {
+        f"{name} {key}": value
+        for name, host in pair.hosts.items()
+        for url in (host.engine.base_url, host.agent_url)
+        for key, value in labelled_counters(url).items()
+        if any(part in key for part in names) and "_bucket" not in key
+    }
+
+
 def check_pages_and_tokens(pair: Pair, prompts: list[str]) -> None:
     """B's imported pages are A's, byte for byte, and B continues as A does from its own cache."""
     a, b = urls(pair)
@@ -46,7 +59,7 @@ def check_pages_and_tokens(pair: Pair, prompts: list[str]) -> None:
         reference = complete(a, prompt, params=NO_IMPORT)
         loaded_before = counters(b).get(LOADED_CHUNKS, 0)
         imported = complete(b, prompt, params={"session_id": f"identity-{number}"})
-        assert imported.params["imported_tokens"] > 0, imported.params
+        assert imported.params["imported_tokens"] > 0, lookups(pair)
         assert imported.params["imported_from"] == [pair["A"].peer_address]
         assert 0 < imported.params["wire_bytes"] < imported.params["raw_bytes"]
         assert imported.tokens == reference.tokens, f"prompt {number}"
