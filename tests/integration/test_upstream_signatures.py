@@ -1,0 +1,104 @@
+"""The tripwire: what we rely on in vLLM still looks as it did when we wrote against it.
+
+`upstream_signatures.json` holds the signatures of the supported release. When this fails, read the
+named one's new meaning, mend our side, and record anew:
+
+    python tests/integration/test_upstream_signatures.py
+"""
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+RECORD = Path(__file__).with_name("upstream_signatures.json")
+
+RELIED_ON = {
+    "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory": [
+        "register_connector",
+    ],
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:OffloadingConnector": [
+        "__init__",
+        "build_connector_meta",
+        "build_prom_metrics",
+        "on_new_request",
+        "request_finished_all_groups",
+        "shutdown",
+        "update_state_after_alloc",
+    ],
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics:OffloadingConnectorStats": [
+        "increase_counter",
+        "set_gauge",
+    ],
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:RequestOffloadState": [
+        "update_offload_keys",
+    ],
+    "vllm.engine.arg_utils:EngineArgs": ["add_cli_args", "from_cli_args"],
+    "vllm.v1.core.kv_cache_utils:": ["resolve_none_hash_seed"],
+    "vllm.v1.kv_cache_interface:KVCacheTensor": ["__init__"],
+    "vllm.v1.kv_offload.base:GPULoadStoreSpec": ["__init__"],
+    "vllm.v1.kv_offload.base:OffloadingWorker": [
+        "get_finished",
+        "shutdown",
+        "submit_load",
+        "submit_store",
+        "wait",
+    ],
+    "vllm.v1.kv_offload.cpu.shared_offload_region:SharedOffloadRegion": [
+        "__init__",
+        "cleanup",
+        "create_next_worker_view",
+    ],
+    "vllm.v1.kv_offload.factory:OffloadingSpecFactory": ["register_spec"],
+    "vllm.v1.kv_offload.tiering.base:JobResult": ["__init__"],
+    "vllm.v1.kv_offload.tiering.base:SecondaryTierManager": [
+        "__init__",
+        "build_metric_definitions",
+        "drain_jobs",
+        "get_finished_jobs",
+        "get_stats",
+        "lookup",
+        "on_new_request",
+        "on_request_finished",
+        "on_schedule_end",
+        "shutdown",
+        "submit_load",
+        "submit_store",
+        "touch",
+    ],
+    "vllm.v1.kv_offload.tiering.base:TransferJob": ["__init__"],
+    "vllm.v1.kv_offload.tiering.factory:SecondaryTierFactory": ["register_tier"],
+    "vllm.v1.kv_offload.tiering.spec:TieringOffloadingSpec": [
+        "create_worker",
+        "get_manager",
+        "get_worker",
+    ],
+}
+
+
+def signatures() -> dict[str, str]:
+    """Dotted name -> signature, as the installed vLLM has it; "(gone)" where it is not there."""
+    found = {}
+    for place, names in RELIED_ON.items():
+        module, _, owner = place.partition(":")
+        holder = importlib.import_module(module)
+        holder = getattr(holder, owner, None) if owner else holder
+        for name in names:
+            member = getattr(holder, name, None)
+            dotted = f"{module}.{owner}.{name}" if owner else f"{module}.{name}"
+            found[dotted] = str(inspect.signature(member)) if member else "(gone)"
+    return found
+
+
+def test_signatures_that_we_rely_on_have_not_moved():
+    recorded = json.loads(RECORD.read_text())
+    moved = {
+        name: f"was {recorded.get(name)}, is {now}"
+        for name, now in signatures().items()
+        if recorded.get(name) != now
+    }
+    assert not moved, moved
+
+
+if __name__ == "__main__":
+    RECORD.write_text(json.dumps(signatures(), indent=2, sort_keys=True) + "\n")
