@@ -1,10 +1,10 @@
 """What the connector costs when nothing hits: output throughput of unique prompts with and without.
 
-    python benchmarks/overhead.py [--model PATH] [--rounds 7] [--json F]
+    python benchmarks/overhead.py [--model PATH] [--rounds 15] [--json F]
 
-Two engines on this machine, one plain, one with `--kv-connector mcp` and its own agent. Rounds of
-unique prompts go to them in turn (plain, mcp, mcp, plain, ...), so that whatever else changes on the
-machine changes for both; the figure is the ratio of the medians. The other engine is idle meanwhile.
+Two engines on this machine, one plain, one with `--kv-connector mcp` and its own agent. Short rounds
+of unique prompts go to them in turn (plain, mcp, mcp, plain, ...), so that whatever else changes on
+the machine changes for both; the figure is the ratio of the medians. The other engine is idle.
 """
 
 import argparse
@@ -37,8 +37,8 @@ WORDS = ("anchor", "ballast", "current", "depth", "engine", "fathom", "gauge", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: Gemma-3-270m")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=16, help="requests a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--requests", type=int, default=8, help="requests a round")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--prompt-words", type=int, default=400)
     parser.add_argument("--output-tokens", type=int, default=64)

@@ -2,8 +2,8 @@
 
     python benchmarks/ttft.py [--model PATH] [--rounds 5] [--json F]
 
-Two hosts on this machine (an agent and a `vllm serve` engine each). Each round takes a new prompt of
-about 2,000 tokens: A computes it, then B is asked for its first token four times: with nothing
+Two hosts on this machine (an agent and a `vllm serve` engine each). Each round takes a new prompt
+of about 2,000 tokens: A computes it, then B is asked for its first token four times: with nothing
 usable (recompute), after import from A, from its own prefix cache, and from its own host chunks
 after a prefix-cache reset. The last two are floors: vLLM's own, with no agent in the path. Engines
 are idle otherwise; medians; ratios hold within the run.
@@ -29,7 +29,7 @@ from setting import describe, one_line
 
 from mcp_vllm.demo.ask import Answer, ask
 from mcp_vllm.demo.document import research_ship_manual
-from mcp_vllm.demo.pair import Host, Pair
+from mcp_vllm.demo.pair import SHARED_CORES, Host, Pair
 from mcp_vllm.demo.weights import ensure_gemma
 
 NO_IMPORT = {"max_load_tokens": 0}
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or ensure_gemma()
     console = Console()
-    with Pair(args.logs) as pair:
+    with Pair(args.logs, SHARED_CORES) as pair:
         for host in pair.hosts.values():
             host.environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
         with console.status("starting two engines"):

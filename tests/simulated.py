@@ -160,7 +160,7 @@ class SimulatedEngine:
 
     def take(self, kind: type, number: int) -> Found | JobDone | None:
         """The event of that lookup or job, if it has come."""
-        self.events += self.link.poll()
+        self.events += [e for e in self.link.poll() if isinstance(e, Found | JobDone)]
         for event in self.events:
             name = event.lookup_id if isinstance(event, Found) else event.job_id
             if isinstance(event, kind) and name == number:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
+from mcp_vllm.agent.inventory import InventoryFeed
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load import LoadJob
 from mcp_vllm.agent.peer import Peer
@@ -89,6 +90,7 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         num_slots=slots.num_slots,
         lookup_ms=context.config.agent.lookup_ms,
         load_ms=context.config.agent.load_ms,
+        asks_peers=bool(context.config.peers),
     )
     landing_fd = reopen_read_only(slots.fd)
     try:
@@ -132,6 +134,12 @@ class EnginePort:
         self._fingerprint = Fingerprint(self.hello.fingerprint)
         self._namespace = context.learn_fingerprint(self._fingerprint)
         reader, self._writer = await asyncio.open_connection(sock=sock)
+        feed = InventoryFeed(
+            context.store,
+            self._namespace,
+            lambda inventory: self._writer.write(protocol.pack(inventory)),
+        )
+        feed.start()
         context.metrics.engines.inc()
         logger.info(
             "engine %s (pid %d) connected: %d host chunks of %d bytes, namespace %s",
@@ -152,8 +160,9 @@ class EnginePort:
         except Exception:
             logger.exception("engine %s cannot be served any more", self.hello.engine_id)
         finally:
-            context.metrics.engines.dec()
+            feed.stop()
             await self._close()
+            context.metrics.engines.dec()
 
     async def _close(self) -> None:
         for task in self._tasks:

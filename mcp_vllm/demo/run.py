@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mcp_vllm.demo.ask import Answer, ask
 from mcp_vllm.demo.document import QUESTIONS, research_ship_manual
-from mcp_vllm.demo.pair import START_DEADLINE_S, Host, Pair
+from mcp_vllm.demo.pair import SHARED_CORES, START_DEADLINE_S, Host, Pair
 
 SESSION = {"session_id": "demo-chat"}
 # Loads nothing that the engine does not hold itself.
@@ -80,7 +80,7 @@ def run_demo(model: str | None, output: Path, max_tokens: int) -> DemoResult:
     """
     path: str | Path = model or _gemma()
     started_s = time.monotonic()
-    with Pair(output / "logs") as pair:
+    with Pair(output / "logs", SHARED_CORES) as pair:
         with console.status("starting engines A and B (half a minute on two idle cores)"):
             pair.start_engines(path)
         console.print(f"engines A and B are ready after {time.monotonic() - started_s:.0f} s")

@@ -85,7 +85,12 @@ class JobDone:
     causes: tuple[str, ...] = ()
 
 
-Event = Found | JobDone
+@dataclass(frozen=True)
+class Lost:
+    """The agent is gone, and with it what its store had."""
+
+
+Event = Found | JobDone | protocol.Inventory | Lost
 
 
 class AgentStarting(McpError):
@@ -141,6 +146,7 @@ class AgentLink:
         self._deadlines = deadlines
         self.counters = LinkCounters()
         self.lookup_s = 0.05
+        self.asks_peers = True
         self._load_s = 10.0
         self._commands: deque[protocol.EngineMessage | tuple[protocol.Load, Sequence[int]]] = (
             deque()
@@ -292,6 +298,7 @@ class AgentLink:
         self._sock = sock
         self._groups = hello.groups
         self.lookup_s = welcome.lookup_ms / 1000
+        self.asks_peers = welcome.asks_peers
         self._load_s = welcome.load_ms / 1000
         self.counters.connects += 1
         self._connected.set()
@@ -324,6 +331,7 @@ class AgentLink:
             self.counters.disconnects += 1
             self._sock.close()
             self._sock = None
+            self._emit(Lost())
         for job_id in list(self._jobs):
             self._fail_job(job_id, "agent")
         if self._landing is not None:
@@ -401,6 +409,8 @@ class AgentLink:
         match message:
             case protocol.Found():
                 self._emit(Found(message.lookup_id, message.present))
+            case protocol.Inventory():
+                self._emit(message)
             case protocol.Landed():
                 self._copy_landed(message)
             case protocol.Loaded():

@@ -13,6 +13,7 @@ Life cycle::
     engine                                agent
       Hello + fd of the host chunks  --->
                                      <---  Welcome + fd of the landing slots   (or Refused)
+                                     <---  Inventory(what the agent's store has), and every change
       Prepare(request)               --->                a request was added, with its session
       Lookup(request, keys)          --->                which of these can be loaded?
                                      <---  Found(lookup, one flag a key)
@@ -24,6 +25,9 @@ Life cycle::
                                      <---  Stored(job)   copied, not yet visible to anyone
       Commit(job) or Discard(job)    --->                the pin held all the time, or did not
       Finish(request, chain)         --->                the request ended; its session grows
+
+The engine knows the agent's store by Inventory, so it asks only for what is not there, and only when
+the agent has peers that might have it: a request that hits nothing is not held up.
 
 A stored chunk becomes visible only by Commit: the engine sends it when the chunks were pinned until
 Stored arrived. If it gave up waiting it sends Discard, because the bytes may have changed while
@@ -102,12 +106,20 @@ class Welcome(msgspec.Struct, tag=True):
     num_slots: int
     lookup_ms: int
     load_ms: int
+    asks_peers: bool = True
 
 
 class Refused(msgspec.Struct, tag=True):
     """The agent will not serve this engine, and why."""
 
     reason: str
+
+
+class Inventory(msgspec.Struct, tag=True):
+    """Chunks that have come to or gone from the agent's store; all of them after Welcome."""
+
+    added: list[Key]
+    removed: list[Key]
 
 
 class Prepare(msgspec.Struct, tag=True):
@@ -200,7 +212,7 @@ class Finish(msgspec.Struct, tag=True):
 
 
 EngineMessage = Hello | Prepare | Lookup | Load | Release | Store | Commit | Discard | Finish
-AgentMessage = Welcome | Refused | Found | Landed | Loaded | Stored
+AgentMessage = Welcome | Refused | Inventory | Found | Landed | Loaded | Stored
 
 _encoder = msgspec.msgpack.Encoder()
 _engine_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(EngineMessage)

@@ -9,7 +9,7 @@ leaves after them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,11 +66,13 @@ class RamStore:
     """A bounded map from `ChunkKey` to `Chunk`.
 
     Invariant: the bytes held never exceed the budget. A chunk larger than the whole budget is not
-    kept, which `put` reports.
+    kept, which `put` reports. Each of `watchers` is called with a name and whether it has come (or
+    gone).
     """
 
     budget_bytes: int
     evictions: int = 0
+    watchers: list[Callable[[ChunkKey, bool], None]] = field(default_factory=list)
     _chunks: OrderedDict[ChunkKey, Chunk] = field(default_factory=OrderedDict)
     _raw: dict[ChunkKey, None] = field(default_factory=dict)
     _held_bytes: int = 0
@@ -81,6 +83,9 @@ class RamStore:
 
     def __contains__(self, name: ChunkKey) -> bool:
         return name in self._chunks
+
+    def __iter__(self) -> Iterator[ChunkKey]:
+        return iter(self._chunks)
 
     def size(self) -> StoreSize:
         return StoreSize(
@@ -104,6 +109,7 @@ class RamStore:
         self._evict_until(self.budget_bytes - chunk.held_bytes)
         self._chunks[name] = chunk
         self._account(name, chunk, 1)
+        self._tell(name, True)
         return True
 
     def touch(self, names: Iterable[ChunkKey]) -> None:
@@ -127,6 +133,7 @@ class RamStore:
         chunk = self._chunks.pop(name, None)
         if chunk is not None:
             self._account(name, chunk, -1)
+            self._tell(name, False)
 
     def next_raw(self) -> tuple[ChunkKey, Chunk] | None:
         """The chunk that has waited longest to be encoded, or None."""
@@ -152,6 +159,11 @@ class RamStore:
             name, chunk = self._chunks.popitem(last=False)
             self._account(name, chunk, -1)
             self.evictions += 1
+            self._tell(name, False)
+
+    def _tell(self, name: ChunkKey, present: bool) -> None:
+        for watcher in self.watchers:
+            watcher(name, present)
 
     def _account(self, name: ChunkKey, chunk: Chunk, sign: int) -> None:
         self._held_bytes += sign * chunk.held_bytes

@@ -1,8 +1,9 @@
 """The secondary tier behind vLLM's host chunks: a client of the context agent.
 
 Everything here runs in the scheduler's thread and returns at once; waiting, copying and deadlines
-are the link's (`mcp_vllm.link.client`). What is unknown yet is RETRY until the lookup's deadline,
-then a miss; without an agent everything is a miss and nothing is stored.
+are the link's (`mcp_vllm.link.client`). What the agent's store has is known here (Inventory). What
+a peer might have is RETRY until the lookup's deadline, then a miss; without an agent everything is
+a miss and nothing is stored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from mcp_vllm.link import protocol
-from mcp_vllm.link.client import AgentLink, Found, JobDone
+from mcp_vllm.link.client import AgentLink, Found, JobDone, Lost
 from mcp_vllm.link.shared_memory import reopen_read_only
 from mcp_vllm.session.manifest import SessionKey
 from mcp_vllm.vllm_plugin.metrics import EngineMetrics, definitions
@@ -77,6 +78,7 @@ class ContextTier(SecondaryTierManager):
         self._link: AgentLink | None = None
         self._responsive = True
         self._requests: dict[str, _Request] = {}
+        self._inventory: set[OffloadKey] = set()
         self._lookups: dict[int, tuple[str, Sequence[OffloadKey]]] = {}
         self._next_lookup_id = 0
         self._jobs: dict[int, TransferJob] = {}
@@ -103,16 +105,21 @@ class ContextTier(SecondaryTierManager):
     def prepare(
         self, req_context: ReqContext, session: SessionKey, chains: list[list[OffloadKey]]
     ) -> None:
-        """A request was added with these chains, one a KV cache group: look all of them up now."""
+        """A request was added with these chains, one a KV cache group: ask for what is not here."""
         request = self._requests[req_context.req_id]
         if self._link is None or not self._link.connected:
             return
         self._link.send(
             protocol.Prepare(req_context.req_id, session.tenant, session.session_id or None)
         )
+        self._take_events()
         keys = [key for chain in chains for key in chain]
-        if len(keys) <= MAX_PREPARED_KEYS:
-            request.to_ask.extend(keys)
+        absent = [key for key in keys if key not in self._inventory]
+        self._count_lookups(len(keys) - len(absent), "hit")
+        if not self._link.asks_peers:
+            self._count_lookups(len(absent), "miss")
+        elif len(absent) <= MAX_PREPARED_KEYS:
+            request.to_ask.extend(absent)
             self._ask(req_context.req_id, request)
 
     def conclude(
@@ -146,9 +153,12 @@ class ContextTier(SecondaryTierManager):
         if self._lookups:
             self._take_events()
         known = request.answers.get(key)
+        if known is None and key in self._inventory:
+            known = True
         if known is not None:
             return LookupResult.HIT if known else LookupResult.MISS
-        if not (self._link.connected and self._responsive):
+        link = self._link
+        if not (link.connected and link.asks_peers and self._responsive):
             return LookupResult.MISS
         if key not in request.asked:
             request.asked.add(key)
@@ -247,17 +257,23 @@ class ContextTier(SecondaryTierManager):
         unknown = [key for key in request.asked if key not in request.answers]
         for key in unknown:
             request.answers[key] = False
-        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, len(unknown), ("timeout",))
+        self._count_lookups(len(unknown), "timeout")
 
     def _take_events(self) -> None:
         if self._link is None:
             return
         for event in self._link.poll():
             self._responsive = True
-            if isinstance(event, Found):
-                self._take_found(event)
-            else:
-                self._end_job(event)
+            match event:
+                case Found():
+                    self._take_found(event)
+                case JobDone():
+                    self._end_job(event)
+                case protocol.Inventory():
+                    self._inventory.update(event.added)
+                    self._inventory.difference_update(event.removed)
+                case Lost():
+                    self._inventory.clear()
 
     def _take_found(self, found: Found) -> None:
         request_id, keys = self._lookups.pop(found.lookup_id, ("", ()))
@@ -267,8 +283,11 @@ class ContextTier(SecondaryTierManager):
         for key, present in zip(keys, found.present, strict=True):
             request.answers.setdefault(key, bool(present))
         num_hits = sum(found.present)
-        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, num_hits, ("hit",))
-        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, len(keys) - num_hits, ("miss",))
+        self._count_lookups(num_hits, "hit")
+        self._count_lookups(len(keys) - num_hits, "miss")
+
+    def _count_lookups(self, num_keys: int, result: str) -> None:
+        self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, num_keys, (result,))
 
     def _end_job(self, done: JobDone) -> None:
         job = self._jobs.pop(done.job_id, None)

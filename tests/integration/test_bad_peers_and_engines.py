@@ -108,9 +108,7 @@ def engine(tiny_model, log_folder, between):
     }
     ours = ("--kv-connector", "mcp", "--mcp-config", json.dumps(config))
     log_path = log_folder / "engine-bad-peer.log"
-    start = Engine.start(
-        tiny_model("llama"), free_port(), [*ENGINE_ARGS, *ours], log_path=log_path
-    )
+    start = Engine.start(tiny_model("llama"), free_port(), [*ENGINE_ARGS, *ours], log_path=log_path)
     with start as engine:
         engine.wait_ready(START_DEADLINE_S)
         yield engine

@@ -1,4 +1,4 @@
-"""The command line of a real `vllm`: our flags are there, and what is wrong is refused in a line."""
+"""The command line of a real `vllm`: our flags are there, and faults are refused in one line."""
 
 import subprocess
 import sys

@@ -1,9 +1,12 @@
-"""`LLM(...)` in a Python program, with the connector by name, in both forms that the README shows."""
+"""`LLM(...)` in a Python program, with the connector in both forms that the README shows."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from mcp_vllm.demo.engines import default_environment
 
 pytestmark = pytest.mark.engine
 
@@ -38,9 +41,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("form", ["config", "keyword"])
 def test_llm_stores_and_loads_through_the_connector(tiny_model, tmp_path, form):
-    import os
 
-    from mcp_vllm.demo.engines import default_environment
 
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
