@@ -63,7 +63,7 @@ class Agent:
         Raises:
             AgentError: the socket or the address cannot be used.
         """
-        # Codec threads give way to the event loop sooner than by default (5 ms): a lookup has 40 ms.
+        # Codec threads give way to the event loop sooner than after 5 ms: a lookup has 40.
         sys.setswitchinterval(0.0005)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()

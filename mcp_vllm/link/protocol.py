@@ -26,8 +26,8 @@ Life cycle::
       Commit(job) or Discard(job)    --->                the pin held all the time, or did not
       Finish(request, chain)         --->                the request ended; its session grows
 
-The engine knows the agent's store by Inventory, so it asks only for what is not there, and only when
-the agent has peers that might have it: a request that hits nothing is not held up.
+The engine knows the agent's store by Inventory, so it asks only for what is not there, and only
+when the agent has peers that might have it: a request that hits nothing is not held up.
 
 A stored chunk becomes visible only by Commit: the engine sends it when the chunks were pinned until
 Stored arrived. If it gave up waiting it sends Discard, because the bytes may have changed while

@@ -1,7 +1,7 @@
 """A real engine whose only peer misbehaves: every request ends by recompute, with the right tokens.
 
-The peer stands between the engine's agent and a good agent that has all blocks: it passes lookups on
-and breaks what the case says.
+The peer stands between the engine's agent and a good agent that has all blocks: it passes lookups
+on and breaks what the case says.
 """
 
 import asyncio
