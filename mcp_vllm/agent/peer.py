@@ -111,6 +111,7 @@ class Peer:
                     head = await response.content.readexactly(wire.FRAME_HEAD.size)
                     index, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
+                        await self._end_of(response)
                         break
                     if not previous < index < len(keys):
                         raise WireError("malformed", f"a frame for key {index} of {len(keys)}")
@@ -190,6 +191,12 @@ class Peer:
             if len(body) > wire.MAX_REQUEST_BYTES:
                 raise WireError("oversized", "an answer larger than any answer may be")
         return bytes(body)
+
+    async def _end_of(self, response: aiohttp.ClientResponse) -> None:
+        """Read the end of the body: a connection that goes back to the pool before it has seen the
+        end keeps its read timeout running, which then fails the next request at once."""
+        if await response.content.read(1):
+            raise WireError("malformed", "bytes after the last frame")
 
     async def _check_status(self, response: aiohttp.ClientResponse) -> None:
         if response.status != 200:

@@ -27,6 +27,9 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.engine
 NUM_CHARS = 6000  # about 1,400 of Gemma's tokens
+# Gemma's best logits lie between 16 and 32, where bfloat16 has steps of 0.125: two that are one step
+# apart were equal before rounding, near enough, and another batch shape may round them otherwise.
+ONE_LOGIT_STEP = 0.13
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +42,26 @@ def test_imported_pages_and_tokens_equal_the_sources(pair):
 
 
 def test_eight_at_once_give_the_same_tokens(pair):
-    check_concurrent(pair, [f"At once. {prompt}" for prompt in prompts(8, NUM_CHARS)])
+    asked = [f"At once. {prompt}" for prompt in prompts(8, NUM_CHARS)]
+    check_concurrent(pair, asked, near_tie=ONE_LOGIT_STEP)
 
 
-def test_a_chat_session_moves_with_its_generated_tokens(pair):
+def test_a_session_moves_with_its_generated_tokens(pair):
     a, b = urls(pair)
-    messages = [{"role": "user", "content": f"Move. {research_ship_manual()}\n\nWho is captain?"}]
     params = {"session_id": "moving", "tenant": "tests"}
-    first = chat(a, messages, params, max_tokens=200)
-    messages.append({"role": "assistant", "content": first.choices[0].message.content})
-    messages.append({"role": "user", "content": "And what is the home port?"})
+    first = complete(a, f"Move. {research_ship_manual()}\n\n", 200, params=params)
+    second_turn = [*first.prompt_ids, *first.tokens, *first.prompt_ids[-40:]]
     wait_until_stored(pair, "A")
-    moved = chat(b, messages, params, max_tokens=16)
+    moved = complete(b, second_turn, params=params)
     # The answer's own blocks were stored too: more is imported than the first prompt has.
-    assert moved.kv_transfer_params["imported_tokens"] > first.usage.prompt_tokens
-    assert moved.kv_transfer_params["session_id"] == "moving"
-    assert moved.kv_transfer_params["import_ms"] > 0
-    reference = chat(a, messages, {**params, **NO_IMPORT}, max_tokens=16)
-    assert moved.choices[0].message.content == reference.choices[0].message.content
+    assert moved.params["imported_tokens"] > len(first.prompt_ids)
+    assert moved.params["session_id"] == "moving"
+    assert moved.params["import_ms"] > 0
+    reference = complete(a, second_turn, params={**params, **NO_IMPORT})
+    assert moved.tokens == reference.tokens
     wait_for("the turn in B's manifest", lambda: session(pair["B"], "tests", "moving"))
     assert session(pair["A"], "tests", "moving")["turns"] == 2
-    assert session(pair["B"], "tests", "moving")["num_tokens"] > first.usage.prompt_tokens
+    assert session(pair["B"], "tests", "moving")["num_tokens"] > len(first.prompt_ids)
 
 
 def test_a_stream_may_name_its_session_in_a_header(pair):
@@ -134,17 +136,6 @@ def test_a_restarted_engine_is_warm_from_its_agent(pair):
     assert warm.params["imported_from"] == ["agent"]
     assert warm.params["wire_bytes"] == 0
     assert warm.tokens == reference.tokens
-
-
-def chat(base_url, messages, params, max_tokens):
-    client = client_of(base_url)
-    return client.chat.completions.create(
-        model=client.models.list().data[0].id,
-        messages=messages,
-        max_tokens=max_tokens,
-        temperature=0,
-        extra_body={"kv_transfer_params": params, "ignore_eos": True},
-    )
 
 
 def session(host, tenant, session_id):

@@ -42,7 +42,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("form", ["config", "keyword"])
 def test_llm_stores_and_loads_through_the_connector(tiny_model, tmp_path, form):
 
-
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     result = subprocess.run(
