@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--model PATH] [--rounds 15] [--json F]
 
-Two engines on this machine, one plain, one with `--kv-connector mcp` and its own agent. Short rounds
-of unique prompts go to them in turn (plain, mcp, mcp, plain, ...), so that whatever else changes on
-the machine changes for both; the figure is the ratio of the medians. The other engine is idle.
+Two engines on this machine, one plain, one with `--kv-connector mcp` and its own agent. Short
+rounds of unique prompts go to them in turn (plain, mcp, mcp, plain, ...), so that what else changes
+on the machine changes for both; the figure is the ratio of the medians. The other engine is idle.
 """
 
 import argparse

@@ -49,9 +49,10 @@ class Peer:
         self.breaker = Breaker()
         self._http = http
         self._metrics = metrics
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=stall_s, sock_read=stall_s, connect=stall_s
-        )
+        # aiohttp's own read timeout is not used: when the end of a body arrives while reading is
+        # paused, it stays armed on the pooled connection and fails a later request (3.14).
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, connect=stall_s)
+        self._stall_s = stall_s
         self._fetch_fails = False
         self._logged_causes: set[str] = set()
         self._logged_fields: set[str] = set()
@@ -60,9 +61,12 @@ class Peer:
     async def hello(self) -> wire.PeerHello:
         """Who is there. Raises PeerFailure."""
         try:
-            async with self._http.get(
-                self._url("hello"), timeout=self._timeout, allow_redirects=False
-            ) as response:
+            async with (
+                asyncio.timeout(self._stall_s),
+                self._http.get(
+                    self._url("hello"), timeout=self._timeout, allow_redirects=False
+                ) as response,
+            ):
                 return wire.decode(wire.PeerHello, await self._body(response))
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error) from error
@@ -105,10 +109,12 @@ class Peer:
         request = wire.FetchRequest(wire.WIRE_VERSION, namespace, list(keys))
         previous = -1
         try:
-            async with self._post("blocks/fetch", request) as response:
+            async with asyncio.timeout(self._stall_s):
+                response = await self._post("blocks/fetch", request)
+            async with response:
                 await self._check_status(response)
                 while True:
-                    head = await response.content.readexactly(wire.FRAME_HEAD.size)
+                    head = await self._read(response, wire.FRAME_HEAD.size)
                     index, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
                         await self._end_of(response)
@@ -118,12 +124,9 @@ class Peer:
                     previous = index
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
-                    frame = await response.content.readexactly(size)
+                    frame = await self._read(response, size)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
                     yield index, frame
-        except asyncio.IncompleteReadError as error:
-            cut_off = WireError("closed", "the stream was cut off")
-            raise self._failure(cut_off, fetching=True) from error
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error, fetching=True) from error
 
@@ -192,11 +195,22 @@ class Peer:
                 raise WireError("oversized", "an answer larger than any answer may be")
         return bytes(body)
 
+    async def _read(self, response: aiohttp.ClientResponse, size: int) -> bytes:
+        """Exactly `size` bytes of the body; TimeoutError when none comes for `stall_s`."""
+        received = bytearray()
+        while len(received) < size:
+            async with asyncio.timeout(self._stall_s):
+                part = await response.content.read(size - len(received))
+            if not part:
+                raise WireError("closed", "the stream was cut off")
+            received += part
+        return bytes(received)
+
     async def _end_of(self, response: aiohttp.ClientResponse) -> None:
-        """Read the end of the body: a connection that goes back to the pool before it has seen the
-        end keeps its read timeout running, which then fails the next request at once."""
-        if await response.content.read(1):
-            raise WireError("malformed", "bytes after the last frame")
+        """Read the end of the body, so that the connection can be used again."""
+        async with asyncio.timeout(self._stall_s):
+            if await response.content.read(1):
+                raise WireError("malformed", "bytes after the last frame")
 
     async def _check_status(self, response: aiohttp.ClientResponse) -> None:
         if response.status != 200:

@@ -27,8 +27,8 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.engine
 NUM_CHARS = 6000  # about 1,400 of Gemma's tokens
-# Gemma's best logits lie between 16 and 32, where bfloat16 has steps of 0.125: two that are one step
-# apart were equal before rounding, near enough, and another batch shape may round them otherwise.
+# Gemma's best logits lie between 16 and 32, where bfloat16 has steps of 0.125: two that are one
+# step apart were all but equal before rounding, and another batch shape may round them otherwise.
 ONE_LOGIT_STEP = 0.13
 
 
