@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
@@ -31,6 +32,9 @@ from mcp_vllm.vllm_plugin.tier import ContextTier
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+        RequestOffloadState,
+    )
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -128,6 +132,7 @@ class MCPConnector(OffloadingConnector):
         status = self.scheduler._req_status.get(request.request_id)
         if status is None:
             return delay_free, params
+        self._offer_generated_windows(status, block_ids)
         # A request that was cancelled counts as far as it came: vLLM ends one that met a stop text
         # the same way.
         num_tokens = min(request.num_computed_tokens, request.num_tokens)
@@ -149,6 +154,30 @@ class MCPConnector(OffloadingConnector):
             "import_ms": round(1000 * report.seconds, 1),
         }
         return delay_free, {**(params or {}), **ours}
+
+    def _offer_generated_windows(
+        self, status: RequestOffloadState, block_ids: tuple[list[int], ...]
+    ) -> None:
+        """Have the sliding windows at the end of a finished request stored.
+
+        vLLM keeps only the windows at the end of the prompt, so a hybrid model could reuse nothing
+        of an answer. The end of the request is made a boundary worth keeping, like the end of a
+        shared prefix. `block_ids` is the block table at this moment, 0 for what has left a window,
+        so a block that belongs to another request by now is never offered; the framework guards it
+        from here.
+        """
+        status.req.shared_prefix_boundary = status.req.num_computed_tokens - 1
+        per_chunk = self.scheduler.config.blocks_per_chunk
+        for group, state in zip(
+            self.scheduler.config.kv_group_configs, status.group_states, strict=True
+        ):
+            if not isinstance(group.kv_cache_spec, SlidingWindowSpec) or group.is_eagle_group:
+                continue
+            table = block_ids[group.group_idx]
+            gone = max((i + 1 for i, block in enumerate(table) if block == 0), default=0)
+            first_whole_chunk = -(-gone // per_chunk)
+            state.block_ids[:] = table
+            state.next_stored_chunk_idx = min(state.next_stored_chunk_idx, first_whole_chunk)
 
     @classmethod
     def build_prom_metrics(

@@ -14,7 +14,13 @@ from mcp_vllm.demo.document import research_ship_manual
 from mcp_vllm.demo.pair import START_DEADLINE_S
 from mcp_vllm.demo.weights import ensure_gemma
 from tests.integration.conftest import start_pair
-from tests.integration.engine_client import NO_IMPORT, complete, counters, get_json
+from tests.integration.engine_client import (
+    NO_IMPORT,
+    assert_same_or_near_tie,
+    complete,
+    counters,
+    get_json,
+)
 from tests.integration.identity import (
     check_concurrent,
     check_pages_and_tokens,
@@ -57,8 +63,9 @@ def test_a_session_moves_with_its_generated_tokens(pair):
     assert moved.params["imported_tokens"] > len(first.prompt_ids)
     assert moved.params["session_id"] == "moving"
     assert moved.params["import_ms"] > 0
+    # A itself keeps less of the answer in its prefix cache, so it computes a longer remainder.
     reference = complete(a, second_turn, params={**params, **NO_IMPORT})
-    assert moved.tokens == reference.tokens
+    assert_same_or_near_tie(reference, moved, "second turn", ONE_LOGIT_STEP)
     wait_for("the turn in B's manifest", lambda: session(pair["B"], "tests", "moving"))
     assert session(pair["A"], "tests", "moving")["turns"] == 2
     assert session(pair["B"], "tests", "moving")["num_tokens"] > len(first.prompt_ids)
