@@ -35,7 +35,11 @@ def complete(
 ) -> Completion:
     """A greedy completion of exactly `max_tokens` tokens through the OpenAI client."""
     client = client_of(base_url)
-    extra: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
+    extra: dict[str, Any] = {
+        "return_token_ids": True,
+        "ignore_eos": True,
+        "return_tokens_as_token_ids": True,  # or tokens of equal text would be one entry
+    }
     if params is not None:
         extra["kv_transfer_params"] = params
     if salt is not None:

@@ -26,6 +26,7 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.engine
 NUM_CHARS = 1500
+LOOKUP_MS = 2000
 STALL_MS = 500
 LOAD_MS = 3000
 
@@ -100,7 +101,7 @@ def between(good):
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, log_folder, between):
-    timing = {"stall_ms": STALL_MS, "load_ms": LOAD_MS}
+    timing = {"lookup_ms": LOOKUP_MS, "stall_ms": STALL_MS, "load_ms": LOAD_MS}
     config = {
         "host_cache_bytes": "256MiB",
         "agent": {"listen": "127.0.0.1:0", "ram_bytes": "1GiB", **timing},
