@@ -17,7 +17,7 @@ LOCKS := $(notdir $(basename $(wildcard requirements/*.lock)))
 # Two cores and one .venv: nothing here gains from running side by side, with make -j either.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-matrix lint docs lock clean
+.PHONY: help install demo test test-unit test-slow test-matrix lint docs lock clean
 
 help: ## Show this list
 	@echo "Targets:"
@@ -34,11 +34,14 @@ $(STAMP):
 demo: $(STAMP) ## Move a chat between two real engines and show what it saved
 	$(VENV)/bin/mcp-vllm demo
 
-test: $(STAMP) ## Run all tests, real engines included
-	$(PY) -m pytest tests
+test: $(STAMP) ## Run the tests: units, faults, and the main ones on real engines
+	$(PY) -m pytest tests -m "not slow"
 
 test-unit: $(STAMP) ## Run the unit tests only (they need no vLLM)
 	$(PY) -m pytest tests/unit
+
+test-slow: $(STAMP) ## Run the long suites on real engines that `make test` leaves out
+	$(PY) -m pytest tests -m slow
 
 test-matrix: $(LOCKS:%=test-against-%) ## Run all tests against each vLLM release that has a lock
 

@@ -27,7 +27,7 @@ def test_defaults_are_those_of_one_host() -> None:
         1000,
         10000,
     )
-    assert config.codec == CodecConfig(name="zstd", level=3)
+    assert config.codec == CodecConfig(name="lossless", level=3)
 
 
 def test_a_configuration_cannot_be_changed() -> None:
