@@ -33,9 +33,6 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.engine
 NUM_CHARS = 6000  # about 1,400 of Gemma's tokens
-# Gemma's best logits lie between 16 and 32, where bfloat16 has steps of 0.125: two that are one
-# step apart were all but equal before rounding, and another batch shape may round them otherwise.
-ONE_LOGIT_STEP = 0.13
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def test_imported_pages_and_tokens_equal_the_sources(pair):
 
 def test_eight_at_once_give_the_same_tokens(pair):
     asked = [f"At once. {prompt}" for prompt in prompts(8, NUM_CHARS)]
-    check_concurrent(pair, asked, near_tie=ONE_LOGIT_STEP)
+    check_concurrent(pair, asked)
 
 
 def test_a_session_moves_with_its_generated_tokens(pair):
@@ -65,7 +62,7 @@ def test_a_session_moves_with_its_generated_tokens(pair):
     assert moved.params["import_ms"] > 0
     # A itself keeps less of the answer in its prefix cache, so it computes a longer remainder.
     reference = complete(a, second_turn, params={**params, **NO_IMPORT})
-    assert_same_or_near_tie(reference, moved, "second turn", ONE_LOGIT_STEP)
+    assert_same_or_near_tie(reference, moved, "second turn")
     wait_for("the turn in B's manifest", lambda: session(pair["B"], "tests", "moving"))
     assert session(pair["A"], "tests", "moving")["turns"] == 2
     assert session(pair["B"], "tests", "moving")["num_tokens"] > len(first.prompt_ids)

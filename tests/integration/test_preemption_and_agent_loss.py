@@ -18,8 +18,8 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.engine
 NUM_CHARS = 1500
-# Blocks of 128 tokens: three requests of 1,500 + 300 tokens fit, eight do not.
-SMALL_CACHE = ("--num-gpu-blocks-override", "48")
+# Blocks of 128 tokens: the prompts of three requests fit, their answers of 300 tokens do not.
+SMALL_CACHE = ("--num-gpu-blocks-override", "44")
 CONFIG = {"host_cache_bytes": "256MiB", "agent": {"listen": "127.0.0.1:0", "ram_bytes": "1GiB"}}
 
 
