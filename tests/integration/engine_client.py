@@ -8,8 +8,8 @@ from typing import Any
 from mcp_vllm.demo.ask import client_of, counters
 
 # A greedy choice whose two best logits are closer than this may flip when the batch's shape differs
-# (other kernels, other rounding), in plain vLLM as with us. The engines run in bfloat16, whose steps
-# are 0.03 between 4 and 8 (the tiny models' best logits) and 0.125 between 16 and 32 (Gemma's): one
+# (other kernels, other rounding), in plain vLLM as with us. The engines run in bfloat16, with steps
+# of 0.03 between 4 and 8 (the tiny models' best logits) and 0.125 between 16 and 32 (Gemma's): one
 # step there, a few steps here. Typical gaps are ten times as large (see tests/tiny_models.py).
 NEAR_TIE = 0.13
 

@@ -6,7 +6,7 @@ from tests.integration.conftest import start_pair
 from tests.integration.identity import check_concurrent, check_pages_and_tokens
 from tests.integration.prompts import prompts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 NUM_CHARS = 1900  # one token a byte
 
 

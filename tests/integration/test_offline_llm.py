@@ -8,7 +8,7 @@ import pytest
 
 from mcp_vllm.demo.engines import default_environment
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROGRAM = """
 import sys
