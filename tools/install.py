@@ -36,7 +36,8 @@ def main() -> None:
     step(3, " ".join(torch))
     install_torch(uv, torch, args.torch_index)
     step(4, f"{len(pins) - len(torch)} packages of {args.lock.name}")
-    uv.install([pin for pin in pins if pin not in torch], *uv.options)
+    # Compiled here once: an engine imports thousands of modules, in several processes.
+    uv.install([pin for pin in pins if pin not in torch], "--compile-bytecode", *uv.options)
     step(5, "mcp-vllm itself")
     uv.install([], "--no-build-isolation", "--editable", str(ROOT))
     run(python, str(ROOT / "patches" / "vllm-metadata" / "generate.py"))
