@@ -19,5 +19,6 @@ def test_imported_pages_and_tokens_equal_the_sources(pair):
     check_pages_and_tokens(pair, prompts(8, NUM_CHARS))
 
 
+@pytest.mark.slow
 def test_eight_at_once_give_the_same_tokens(pair):
     check_concurrent(pair, [f"At once. {prompt}" for prompt in prompts(8, NUM_CHARS)])
