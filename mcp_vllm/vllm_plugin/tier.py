@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -333,6 +333,3 @@ class ContextTier(SecondaryTierManager):
             report.wire_bytes += done.wire_bytes
             report.sources.update(dict.fromkeys(done.sources))
             report.seconds = time.monotonic() - request.started_s if request.started_s else 0.0
-
-    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """The agent touches a request's chain when it finishes."""

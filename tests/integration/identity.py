@@ -8,13 +8,13 @@ from tests.integration.engine_client import (
     assert_same_or_near_tie,
     complete,
     counters,
+    get_json,
     labelled_counters,
     page_digests,
 )
 from tests.waiting import wait_for
 
 LOADED_CHUNKS = "vllm:mcp_loaded_chunks_total"
-STORED = "vllm:mcp_stored_bytes_total"
 
 
 def urls(pair: Pair) -> tuple[str, str]:
@@ -26,15 +26,13 @@ def wait_until_stored(pair: Pair, name: str) -> None:
     host = pair[name]
 
     def settled() -> bool:
-        totals = counters(f"{host.agent_url}")
+        totals = counters(host.agent_url)
         return totals["mcp_agent_stored_chunks_total"] > 0 and host_is_idle(host)
 
     wait_for(f"agent {name} to hold the blocks", settled)
 
 
 def host_is_idle(host) -> bool:
-    from tests.integration.engine_client import get_json
-
     return get_json(f"{host.agent_url}/healthz")["busy_requests"] == 0
 
 
