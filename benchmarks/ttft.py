@@ -30,6 +30,7 @@ from setting import describe, one_line
 from mcp_vllm.demo.ask import Answer, ask
 from mcp_vllm.demo.document import research_ship_manual
 from mcp_vllm.demo.pair import SHARED_CORES, Host, Pair
+from mcp_vllm.demo.quiet import wait_until_quiet
 from mcp_vllm.demo.weights import ensure_gemma
 
 NO_IMPORT = {"max_load_tokens": 0}
@@ -64,16 +65,16 @@ def measure(pair: Pair, rounds: int) -> dict[str, list[float]]:
     with Progress(transient=True) as progress:
         for number in progress.track(range(rounds + 1), description="rounds"):
             messages = [{"role": "user", "content": f"{uuid.uuid4()} {research_ship_manual()}"}]
-            first_token(a, messages)
+            first_token(pair, a, messages)
             wait_until_idle(a)
             row = {
-                "recompute": first_token(b, messages, NO_IMPORT, salt=uuid.uuid4().hex),
-                "import from A": expect(first_token(b, messages), lambda x: x.wire_bytes > 0),
-                "own prefix cache": first_token(b, messages, NO_IMPORT),
+                "recompute": first_token(pair, b, messages, NO_IMPORT, salt=uuid.uuid4().hex),
+                "import from A": expect(first_token(pair, b, messages), lambda x: x.wire_bytes > 0),
+                "own prefix cache": first_token(pair, b, messages, NO_IMPORT),
             }
             reset_prefix_cache(b)
             row["own host chunks"] = expect(
-                first_token(b, messages), lambda x: x.imported_tokens > 0 == x.raw_bytes
+                first_token(pair, b, messages), lambda x: x.imported_tokens > 0 == x.raw_bytes
             )
             wait_until_idle(b)
             if number:
@@ -83,11 +84,13 @@ def measure(pair: Pair, rounds: int) -> dict[str, list[float]]:
 
 
 def first_token(
+    pair: Pair,
     host: Host,
     messages: list[dict[str, str]],
     params: dict[str, int] | None = None,
     salt: str | None = None,
 ) -> Answer:
+    wait_until_quiet(pair.servers, SETTLE_DEADLINE_S)
     return ask(host.engine.base_url, messages, 1, transfer_params=params, cache_salt=salt)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import yaml
 
-from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, free_port
+from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, Server, free_port
 
 ENGINE_ARGS = ("--enforce-eager", "--max-model-len", "4096")
 START_DEADLINE_S = 600.0
@@ -76,11 +76,15 @@ class Host:
         )
         return self.engine
 
+    @property
+    def servers(self) -> list[Server]:
+        """The engine and the agent, those that were started."""
+        return [server for server in (self.engine, self.agent) if server is not None]
+
     def stop(self) -> None:
         """End the engine, then the agent."""
-        for server in (self.engine, self.agent):
-            if server is not None:
-                server.stop()
+        for server in self.servers:
+            server.stop()
 
 
 @dataclass
@@ -120,6 +124,11 @@ class Pair:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    @property
+    def servers(self) -> list[Server]:
+        """All that was started, of all hosts."""
+        return [server for host in self.hosts.values() for server in host.servers]
 
     def start_engines(self, model: Path | str, extra_args: Sequence[str] = ()) -> None:
         """Start the engines of all hosts side by side and wait for them. Raises EngineFailed."""

@@ -14,11 +14,14 @@ from rich.console import Console
 from mcp_vllm.demo.ask import Answer, ask
 from mcp_vllm.demo.document import QUESTIONS, research_ship_manual
 from mcp_vllm.demo.pair import SHARED_CORES, START_DEADLINE_S, Host, Pair
+from mcp_vllm.demo.quiet import wait_until_quiet
 
 SESSION = {"session_id": "demo-chat"}
 # Loads nothing that the engine does not hold itself.
 NO_IMPORT = {"max_load_tokens": 0}
 WARM_UP_TOKENS = 4
+# A person reads an answer before the next turn; the engines come to rest meanwhile.
+READING_DEADLINE_S = 10.0
 # Where an answer of the small base model ends and it begins to make up the next question.
 ANSWER_ENDS = ("\nQuestion:", "\n\n")
 
@@ -152,6 +155,7 @@ class _Story:
     ) -> Answer:
         assert host.engine is not None
         console.print(f"turn {len(self._messages) // 2 + 1} at engine {host.name} ...")
+        wait_until_quiet(self._pair.servers, READING_DEADLINE_S)
         return ask(
             host.engine.base_url,
             self._messages,
