@@ -19,7 +19,8 @@ from mcp_vllm.agent.server import Agent
 from mcp_vllm.codec import ChunkLayout, encode_frame, get_codec
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
-from mcp_vllm.link.client import AgentLink, Found, JobDone, LinkDeadlines
+from mcp_vllm.link.client import AgentLink, LinkDeadlines
+from mcp_vllm.link.events import Found, JobDone
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.link.shared_memory import create_memory, map_rows, reopen_read_only
 

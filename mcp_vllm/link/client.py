@@ -19,13 +19,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from mcp_vllm.errors import McpError
 from mcp_vllm.link import protocol
-from mcp_vllm.link.protocol import LENGTH, Key, LinkError, group_index
+from mcp_vllm.link.events import Event, Found, JobDone, Lost
+from mcp_vllm.link.jobs import JobTable
+from mcp_vllm.link.protocol import LENGTH, LinkError, group_index
 from mcp_vllm.link.shared_memory import (
     Bytes2D,
     MappedRows,
@@ -60,39 +62,6 @@ class LinkDeadlines:
     reconnect_max_s: float = 2.0
 
 
-@dataclass(frozen=True)
-class Found:
-    """Answer to a lookup: one flag for each of its keys."""
-
-    lookup_id: int
-    present: bytes
-
-
-@dataclass(frozen=True)
-class JobDone:
-    """A load or a store has ended.
-
-    Attributes:
-        failed: indices of the keys that did not arrive; a store fails as a whole (all or none).
-        causes: why, one short word each.
-    """
-
-    job_id: int
-    failed: frozenset[int]
-    raw_bytes: int = 0
-    wire_bytes: int = 0
-    sources: tuple[str, ...] = ()
-    causes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Lost:
-    """The agent is gone, and with it what its store had."""
-
-
-Event = Found | JobDone | protocol.Inventory | Lost
-
-
 class AgentStarting(McpError):
     """The agent was started and is not ready yet: worth another try soon, not worth a warning."""
 
@@ -103,16 +72,6 @@ class LinkCounters:
 
     connects: int = 0
     disconnects: int = 0
-    expired_jobs: int = 0
-
-
-@dataclass
-class _Job:
-    is_load: bool
-    keys: Sequence[Key]
-    chunk_ids: Sequence[int]
-    deadline_s: float
-    missing: set[int] = field(default_factory=set)
 
 
 class AgentLink:
@@ -161,7 +120,7 @@ class AgentLink:
         self._sock: socket.socket | None = None
         self._landing: MappedRows | None = None
         self._groups: list[protocol.GroupLayout] = []
-        self._jobs: dict[int, _Job] = {}
+        self._jobs = JobTable(self._emit)
         self._incoming = bytearray()
         self._outgoing = bytearray()
 
@@ -332,8 +291,7 @@ class AgentLink:
             self._sock.close()
             self._sock = None
             self._emit(Lost())
-        for job_id in list(self._jobs):
-            self._fail_job(job_id, "agent")
+        self._jobs.fail_all("agent")
         if self._landing is not None:
             self._landing.close()
             self._landing = None
@@ -348,32 +306,26 @@ class AgentLink:
             while not self._stopping:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
                 selector.modify(self._sock, events)
-                ready = {key.fd for key, _ in selector.select(self._next_deadline_s())}
+                ready = {key.fd for key, _ in selector.select(self._jobs.next_deadline_s())}
                 if self._wake_fd in ready:
                     self._drain_wake()
                 self._take_commands()
                 self._flush()
                 if self._sock.fileno() in ready:
                     self._receive()
-                self._expire_jobs()
+                self._jobs.expire()
 
     def _take_commands(self) -> None:
         while self._commands:
             command = self._commands.popleft()
-            now_s = time.monotonic()
             if isinstance(command, tuple):
-                message: protocol.EngineMessage = command[0]
                 load, chunk_ids = command
-                deadline_s = now_s + self._load_s + self._deadlines.load_grace_s
-                missing = set(range(len(load.keys)))
-                self._jobs[load.job_id] = _Job(True, load.keys, chunk_ids, deadline_s, missing)
-            else:
-                message = command
-                if isinstance(message, protocol.Store):
-                    self._jobs[message.job_id] = _Job(
-                        False, message.keys, message.chunk_ids, now_s + self._deadlines.store_s
-                    )
-            self._outgoing += protocol.pack(message)
+                self._jobs.add_load(load, chunk_ids, self._load_s + self._deadlines.load_grace_s)
+                self._outgoing += protocol.pack(load)
+                continue
+            if isinstance(command, protocol.Store):
+                self._jobs.add_store(command, self._deadlines.store_s)
+            self._outgoing += protocol.pack(command)
         if len(self._outgoing) > MAX_OUTGOING_BYTES:
             raise LinkError("the agent does not read its messages")
 
@@ -434,7 +386,7 @@ class AgentLink:
         self._outgoing += protocol.pack(protocol.Release([slot for _, slot in message.slots]))
 
     def _finish_load(self, message: protocol.Loaded) -> None:
-        job = self._end_job(message.job_id, is_load=True)
+        job = self._jobs.end(message.job_id, is_load=True)
         if job is None:
             return
         done = JobDone(
@@ -448,41 +400,16 @@ class AgentLink:
         self._emit(done)
 
     def _finish_store(self, message: protocol.Stored) -> None:
-        if self._end_job(message.job_id, is_load=False) is None:
+        if self._jobs.end(message.job_id, is_load=False) is None:
             self._outgoing += protocol.pack(protocol.Discard(message.job_id))
             return
         self._outgoing += protocol.pack(protocol.Commit(message.job_id))
         done = JobDone(message.job_id, frozenset(), raw_bytes=message.num_bytes)
         self._emit(done)
 
-    def _end_job(self, job_id: int, *, is_load: bool) -> _Job | None:
-        """The job, which is forgotten; None when it was given up before."""
-        job = self._jobs.get(job_id)
-        if job is not None and job.is_load != is_load:
-            raise LinkError(f"the agent mistakes job {job_id} for another kind")
-        return self._jobs.pop(job_id, None)
-
     def _emit(self, event: Event) -> None:
         self._events.append(event)
         self._has_events.set()
-
-    def _next_deadline_s(self) -> float:
-        """Seconds until the next job expires, at most 1."""
-        if not self._jobs:
-            return 1.0
-        first = min(job.deadline_s for job in self._jobs.values())
-        return min(1.0, max(0.0, first - time.monotonic()))
-
-    def _expire_jobs(self) -> None:
-        now_s = time.monotonic()
-        for job_id in [j for j, job in self._jobs.items() if job.deadline_s <= now_s]:
-            self.counters.expired_jobs += 1
-            self._fail_job(job_id, "agent timeout")
-
-    def _fail_job(self, job_id: int, cause: str) -> None:
-        job = self._jobs.pop(job_id)
-        failed = job.missing if job.is_load else range(len(job.keys))
-        self._emit(JobDone(job_id, frozenset(failed), causes=(cause,)))
 
     def _fail_commands(self) -> None:
         """No agent: every job that was asked for has failed, everything else is void."""

@@ -31,7 +31,8 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from mcp_vllm.link import protocol
-from mcp_vllm.link.client import AgentLink, Found, JobDone, Lost
+from mcp_vllm.link.client import AgentLink
+from mcp_vllm.link.events import Found, JobDone, Lost
 from mcp_vllm.link.shared_memory import reopen_read_only
 from mcp_vllm.session.manifest import SessionKey
 from mcp_vllm.vllm_plugin.metrics import EngineMetrics, definitions

@@ -4,7 +4,7 @@ One pair of hosts (A and B, each an agent and an engine, peers of each other) fo
 kept as long as its module runs, because two pairs do not fit a small machine's memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
     return folder
 
 
-def start_pair(model: Path, log_folder: Path) -> Iterator[Pair]:
+def start_pair(model: Path, log_folder: Path, extra_args: Sequence[str] = ()) -> Iterator[Pair]:
     """A pair with both engines ready, chunked prefill on, and readable KV pages."""
     with Pair(log_folder, SETTINGS) as pair:
         for host in pair.hosts.values():
@@ -50,5 +50,5 @@ def start_pair(model: Path, log_folder: Path) -> Iterator[Pair]:
                 "VLLM_SERVER_DEV_MODE": "1",
                 "PYTHONPATH": str(REPOSITORY),
             }
-        pair.start_engines(model, [*CHUNKED_PREFILL, *PAGE_READER])
+        pair.start_engines(model, [*CHUNKED_PREFILL, *PAGE_READER, *extra_args])
         yield pair

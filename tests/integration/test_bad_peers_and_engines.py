@@ -19,7 +19,12 @@ from mcp_vllm.agent import wire
 from mcp_vllm.demo.engines import Engine, free_port
 from mcp_vllm.demo.pair import ENGINE_ARGS, START_DEADLINE_S, Pair
 from tests.integration.conftest import SETTINGS
-from tests.integration.engine_client import assert_same_or_near_tie, complete, labelled_counters
+from tests.integration.engine_client import (
+    FLOAT32,
+    assert_same_or_near_tie,
+    complete,
+    labelled_counters,
+)
 from tests.integration.prompts import prompts
 from tests.integration.test_preemption_and_agent_loss import agent_of
 from tests.waiting import wait_for
@@ -88,7 +93,7 @@ class BetweenPeer:
 def good(tiny_model, log_folder):
     """The host that has computed everything."""
     with Pair(log_folder, SETTINGS, names=("A",)) as pair:
-        pair.start_engines(tiny_model("llama"))
+        pair.start_engines(tiny_model("llama"), FLOAT32)
         yield pair["A"]
 
 
@@ -109,7 +114,9 @@ def engine(tiny_model, log_folder, between):
     }
     ours = ("--kv-connector", "mcp", "--mcp-config", json.dumps(config))
     log_path = log_folder / "engine-bad-peer.log"
-    start = Engine.start(tiny_model("llama"), free_port(), [*ENGINE_ARGS, *ours], log_path=log_path)
+    start = Engine.start(
+        tiny_model("llama"), free_port(), [*ENGINE_ARGS, *FLOAT32, *ours], log_path=log_path
+    )
     with start as engine:
         engine.wait_ready(START_DEADLINE_S)
         yield engine

@@ -15,6 +15,7 @@ from mcp_vllm.demo.pair import START_DEADLINE_S
 from mcp_vllm.demo.weights import ensure_gemma
 from tests.integration.conftest import start_pair
 from tests.integration.engine_client import (
+    NEAR_TIE_BF16,
     NO_IMPORT,
     assert_same_or_near_tie,
     complete,
@@ -46,7 +47,7 @@ def test_imported_pages_and_tokens_equal_the_sources(pair):
 
 def test_eight_at_once_give_the_same_tokens(pair):
     asked = [f"At once. {prompt}" for prompt in prompts(8, NUM_CHARS)]
-    check_concurrent(pair, asked)
+    check_concurrent(pair, asked, NEAR_TIE_BF16)
 
 
 def test_a_session_moves_with_its_generated_tokens(pair):
@@ -62,7 +63,7 @@ def test_a_session_moves_with_its_generated_tokens(pair):
     assert moved.params["import_ms"] > 0
     # A itself keeps less of the answer in its prefix cache, so it computes a longer remainder.
     reference = complete(a, second_turn, params={**params, **NO_IMPORT})
-    assert_same_or_near_tie(reference, moved, "second turn")
+    assert_same_or_near_tie(reference, moved, "second turn", NEAR_TIE_BF16)
     wait_for("the turn in B's manifest", lambda: session(pair["B"], "tests", "moving"))
     assert session(pair["A"], "tests", "moving")["turns"] == 2
     assert session(pair["B"], "tests", "moving")["num_tokens"] > len(first.prompt_ids)

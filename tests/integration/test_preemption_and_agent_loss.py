@@ -12,7 +12,7 @@ import pytest
 
 from mcp_vllm.demo.engines import Engine, free_port
 from mcp_vllm.demo.pair import ENGINE_ARGS, START_DEADLINE_S
-from tests.integration.engine_client import assert_same_or_near_tie, complete, counters
+from tests.integration.engine_client import FLOAT32, assert_same_or_near_tie, complete, counters
 from tests.integration.prompts import prompts
 from tests.waiting import wait_for
 
@@ -26,7 +26,7 @@ CONFIG = {"host_cache_bytes": "256MiB", "agent": {"listen": "127.0.0.1:0", "ram_
 @pytest.fixture(scope="module")
 def engine(tiny_model, log_folder):
     ours = ("--kv-connector", "mcp", "--mcp-config", json.dumps(CONFIG))
-    args = [*ENGINE_ARGS, *SMALL_CACHE, *ours]
+    args = [*ENGINE_ARGS, *FLOAT32, *SMALL_CACHE, *ours]
     log_path = log_folder / "engine-small.log"
     with Engine.start(tiny_model("llama"), free_port(), args, log_path=log_path) as engine:
         engine.wait_ready(START_DEADLINE_S)

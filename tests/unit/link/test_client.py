@@ -13,7 +13,8 @@ import pytest
 from simulated import CHUNK_BYTES, GROUPS, SimulatedEngine, key, keys, wait_until
 
 from mcp_vllm.link import protocol
-from mcp_vllm.link.client import AgentLink, JobDone, LinkDeadlines
+from mcp_vllm.link.client import AgentLink, LinkDeadlines
+from mcp_vllm.link.events import JobDone
 from mcp_vllm.link.protocol import LENGTH, pack
 from mcp_vllm.link.shared_memory import (
     create_memory,
