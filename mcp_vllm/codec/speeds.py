@@ -1,0 +1,103 @@
+"""How fast each codec is on this machine, measured once and remembered.
+
+Measured on synthetic KV: normal values whose scale differs by channel, as attention keys and
+values do. One thread; the process is usually young and the machine busy with an engine's start, so
+the best of a few runs counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from mcp_vllm.codec.base import Codec
+from mcp_vllm.codec.frame import decode_frame_into, encode_frame
+from mcp_vllm.codec.layout import ChunkLayout
+
+NUM_TOKENS = 512
+CHANNELS = 256
+REPEATS = 3
+_KEY = b"speed"
+
+
+class Speed(msgspec.Struct, frozen=True):
+    """Raw bytes a second of one thread, and raw size over frame size."""
+
+    encode_bytes_s: float
+    decode_bytes_s: float
+    ratio: float
+
+
+def measure(codec: Codec) -> Speed:
+    """Encode and decode a quarter of a MiB a few times."""
+    raw = _synthetic_chunk()
+    layout = ChunkLayout("bf16", CHANNELS)
+    frame = encode_frame(_KEY, raw, layout, codec)
+    out = memoryview(bytearray(len(raw)))
+    encode_s = _best_s(lambda: encode_frame(_KEY, raw, layout, codec))
+    decode_s = _best_s(lambda: decode_frame_into(frame, out, key=_KEY))
+    return Speed(len(raw) / encode_s, len(raw) / decode_s, len(raw) / len(frame))
+
+
+def remembered(
+    codecs: Mapping[str, Callable[[], Codec]], version: str, folder: Path
+) -> dict[str, Speed]:
+    """The speeds of these codecs (by name), from the file of an earlier process where possible.
+
+    `version` is the program's: another one may be faster. A file that cannot be read is replaced,
+    one that cannot be written is done without.
+    """
+    path = folder / f"codec-speeds-{_machine(version)}.json"
+    known = _read(path)
+    missing = [name for name in codecs if name not in known]
+    for name in missing:
+        known[name] = measure(codecs[name]())
+    if missing:
+        with contextlib.suppress(OSError):
+            _write(path, known)
+    return {name: known[name] for name in codecs}
+
+
+def _synthetic_chunk() -> bytes:
+    """bf16 [token, channel]."""
+    random = np.random.default_rng(0)
+    scales = np.exp(random.normal(0, 1.5, CHANNELS))
+    values = (random.normal(0, 1, (NUM_TOKENS, CHANNELS)) * scales).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+
+
+def _best_s(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _machine(version: str) -> str:
+    facts: Sequence[str] = (platform.machine(), platform.processor(), platform.node(), version)
+    return hashlib.blake2b("\0".join(facts).encode(), digest_size=8).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Speed]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Speed])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return {}
+
+
+def _write(path: Path, speeds: Mapping[str, Speed]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(speeds)))
+    os.replace(file.name, path)
