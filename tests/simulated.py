@@ -7,16 +7,19 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import aiohttp
 import msgspec
 import numpy as np
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.server import Agent
 from mcp_vllm.codec import ChunkLayout, encode_frame, get_codec
+from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
 from mcp_vllm.link.client import AgentLink, LinkDeadlines
@@ -70,7 +73,9 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
         time.sleep(0.002)
 
 
-def settings(*peers: str, codec: str = "zstd", **agent: object) -> Config:
+def settings(
+    *peers: str, codec: str = "zstd", codecs: Mapping[str, object] | None = None, **agent: object
+) -> Config:
     defaults = {
         "listen": "127.0.0.1:0",
         "landing_bytes": 1 << 20,
@@ -80,7 +85,11 @@ def settings(*peers: str, codec: str = "zstd", **agent: object) -> Config:
         "codec_threads": 2,
     }
     return Config.model_validate(
-        {"peers": list(peers), "codec": {"name": codec}, "agent": {**defaults, **agent}}
+        {
+            "peers": list(peers),
+            "codec": {"name": codec, **(codecs or {})},
+            "agent": {**defaults, **agent},
+        }
     )
 
 
@@ -103,6 +112,22 @@ async def running_agent(config: Config, socket_path: Path) -> AsyncIterator[Agen
 
 def address(agent: Agent) -> str:
     return f"127.0.0.1:{agent.port}"
+
+
+async def get(agent: Agent, path: str) -> tuple[int, str]:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.get(f"http://{address(agent)}{path}") as response,
+    ):
+        return response.status, await response.text()
+
+
+async def get_json(agent: Agent, path: str) -> Any:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.get(f"http://{address(agent)}{path}") as response,
+    ):
+        return await response.json()
 
 
 def metric(agent: Agent, name: str, **labels: str) -> float:
@@ -177,13 +202,21 @@ class SimulatedEngine:
     def fill(self, chunk_id: int, number: int) -> None:
         self.rows[chunk_id] = pattern(number, CHUNK_BYTES)
 
-    async def store(self, names: Sequence[bytes], chunk_ids: Sequence[int]) -> JobDone:
+    async def store(
+        self, names: Sequence[bytes], chunk_ids: Sequence[int], loss: str = EXACT
+    ) -> JobDone:
         job_id = self.new_id()
-        self.link.send(protocol.Store(job_id, list(names), list(chunk_ids)))
+        self.link.send(protocol.Store(job_id, list(names), list(chunk_ids), loss))
         return await self.event(JobDone, job_id)
 
-    def prepare(self, request_id: str, session_id: str | None = None) -> None:
-        self.link.send(protocol.Prepare(request_id, "default", session_id))
+    def prepare(
+        self,
+        request_id: str,
+        session_id: str | None = None,
+        tenant: str = "default",
+        salted: bool = False,
+    ) -> None:
+        self.link.send(protocol.Prepare(request_id, tenant, session_id, salted))
 
     async def lookup(self, request_id: str, names: Sequence[bytes]) -> list[int]:
         lookup_id = self.new_id()
@@ -267,7 +300,7 @@ async def never(asked: list[bytes], writer: asyncio.StreamWriter) -> None:
 
 
 def send_frame(writer: asyncio.StreamWriter, index: int, frame: bytes) -> None:
-    writer.write(wire.FRAME_HEAD.pack(index, len(frame)) + frame)
+    writer.write(wire.FRAME_HEAD.pack(index, 0, len(frame)) + frame)
 
 
 def good_frame(name: bytes) -> bytes:

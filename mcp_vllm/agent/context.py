@@ -7,12 +7,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from mcp_vllm.codec import Codec, get_codec
-from mcp_vllm.config import CodecConfig, Config
+from mcp_vllm.agent.codecs import AgentCodecs
+from mcp_vllm.cache_folder import cache_root
+from mcp_vllm.config import Config
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.manifest import SessionRegistry
 from mcp_vllm.store.ram import RamStore
@@ -57,15 +58,10 @@ class AgentContext:
         self.metrics = AgentMetrics()
         self.activity = Activity()
         self.fingerprints: dict[bytes, Fingerprint] = {}
-        self._codec = _load_codecs(config.codec)
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads
+        self.codecs = AgentCodecs(config.codec, threads, cache_root())
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mcp-codec")
-
-    @property
-    def codec(self) -> Codec:
-        """The codec for new frames; waits while it is being loaded, so ask in the pool only."""
-        return self._codec.result()
 
     async def in_pool(self, function: Callable[..., T], *args: object) -> T:
         """Run codec work or a large copy outside the event loop."""
@@ -81,13 +77,3 @@ class AgentContext:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _load_codecs(config: CodecConfig) -> Future[Codec]:
-    """Load the configured codec, and the compiled kernels that peers' frames may need, beside the
-    start of the agent: the first time on a machine they are compiled, which takes some seconds."""
-    loader = ThreadPoolExecutor(1, thread_name_prefix="mcp-codec-loader")
-    codec = loader.submit(get_codec, config.name, config.level)
-    loader.submit(get_codec, "lossless")
-    loader.shutdown(wait=False)
-    return codec

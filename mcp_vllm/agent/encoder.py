@@ -12,7 +12,7 @@ import contextlib
 import logging
 
 from mcp_vllm.agent.context import AgentContext
-from mcp_vllm.codec import encode_frame
+from mcp_vllm.codec import Codec, decode_frame_into, encode_frame
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,13 @@ class Encoder:
             self._in_flight[name] = task
             task.add_done_callback(lambda _: self._in_flight.pop(name, None))
         return await asyncio.shield(task)
+
+    async def frame_as(self, name: ChunkKey, chunk: Chunk, codec_name: str) -> bytes:
+        """A frame of the chunk by that codec, made for this caller; as stored where we lack it."""
+        codec = self._context.codecs.get(codec_name)
+        if codec is None or codec_name == self._context.config.codec.name:
+            return await self.frame(name, chunk)
+        return await self._context.in_pool(_encode_as, name.key, chunk, codec)
 
     async def run(self) -> None:
         """Encode in the background until cancelled."""
@@ -90,4 +97,15 @@ class Encoder:
         """Runs in the pool."""
         raw = chunk.raw
         assert raw is not None
-        return encode_frame(name.key, raw.data, chunk.layout, self._context.codec)
+        return encode_frame(name.key, raw.data, chunk.layout, self._context.codecs.stored)
+
+
+def _encode_as(key: bytes, chunk: Chunk, codec: Codec) -> bytes:
+    """Runs in the pool: the chunk by `codec`, whatever form it is held in."""
+    raw, frame = chunk.raw, chunk.frame
+    if raw is not None:
+        return encode_frame(key, raw.data, chunk.layout, codec)
+    assert frame is not None
+    decoded = memoryview(bytearray(chunk.raw_bytes))
+    decode_frame_into(frame, decoded, key=key)
+    return encode_frame(key, decoded, chunk.layout, codec)

@@ -20,6 +20,7 @@ from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load import LoadJob
 from mcp_vllm.agent.peer import Peer
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.codec.loss import EXACT, rank, worst
 from mcp_vllm.errors import McpError
 from mcp_vllm.link import protocol
 from mcp_vllm.link.protocol import LENGTH, LinkError, group_index
@@ -45,8 +46,12 @@ LOOKUP_SHARE = 0.8
 
 @dataclass
 class _Request:
+    """`lossy` names the tiers that it accepts; `loss` is the worst that it was given."""
+
     session: SessionKey | None
     holders: dict[bytes, list[Peer]]
+    lossy: tuple[str, ...]
+    loss: str = EXACT
 
 
 def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
@@ -234,7 +239,8 @@ class EnginePort:
         session = message.session_id and SessionKey(message.tenant, message.session_id)
         if message.request_id not in self._requests:
             self._context.activity.begin()
-        self._requests[message.request_id] = _Request(session or None, {})
+        lossy = self._context.config.codec.lossy_for(message.tenant, message.salted)
+        self._requests[message.request_id] = _Request(session or None, {}, lossy)
 
     async def _lookup(self, message: protocol.Lookup) -> None:
         context = self._context
@@ -244,14 +250,15 @@ class EnginePort:
             )
             absent = [key for key, has in zip(message.keys, present, strict=True) if not has]
             context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
-            if absent and len(self._peers) and message.request_id in self._requests:
+            request = self._requests.get(message.request_id)
+            if absent and len(self._peers) and request is not None:
                 deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
-                holders = await self._peers.locate(self._fingerprint, absent, deadline_s)
-                request = self._requests.get(message.request_id)
-                if request is not None:
-                    request.holders.update(holders)
-                    for index, key in enumerate(message.keys):
-                        present[index] |= key in holders
+                holders = await self._peers.locate(
+                    self._fingerprint, absent, request.lossy, deadline_s
+                )
+                request.holders.update(holders)
+                for index, key in enumerate(message.keys):
+                    present[index] |= key in holders
                 context.metrics.lookup_keys.labels("peer").inc(len(holders))
                 context.metrics.lookup_keys.labels("miss").inc(len(absent) - len(holders))
             else:
@@ -268,22 +275,29 @@ class EnginePort:
             keys=message.keys,
             groups=self.hello.groups,
             holders=dict(request.holders) if request else {},
+            lossy=request.lossy if request else (),
             send=self._send,
         )
         await job.run(self._context.config.agent.load_ms / 1000)
+        if request is not None:
+            request.loss = worst([request.loss, *job.losses.values()])
         self._encoder.notify()
 
     async def _store(self, message: protocol.Store) -> None:
         new = [
             (key, chunk_id)
             for key, chunk_id in zip(message.keys, message.chunk_ids, strict=True)
-            if ChunkKey(self._namespace, key) not in self._context.store
+            if self._is_news(ChunkKey(self._namespace, key), message.loss)
         ]
-        copied = await self._context.in_pool(self._copy_chunks, new)
+        copied = await self._context.in_pool(self._copy_chunks, new, message.loss)
         self._uncommitted[message.job_id] = copied
         await self._send(protocol.Stored(message.job_id, sum(c.raw_bytes for _, c in copied)))
 
-    def _copy_chunks(self, new: list[tuple[bytes, int]]) -> list[tuple[ChunkKey, Chunk]]:
+    def _is_news(self, name: ChunkKey, loss: str) -> bool:
+        held = self._context.store.get(name)
+        return held is None or rank(held.loss) > rank(loss)
+
+    def _copy_chunks(self, new: list[tuple[bytes, int]], loss: str) -> list[tuple[ChunkKey, Chunk]]:
         """Runs in the pool: copy the pinned host chunks."""
         copied = []
         for key, chunk_id in new:
@@ -291,7 +305,7 @@ class EnginePort:
             raw = np.empty(group.raw_bytes, dtype=np.uint8)
             gather(self._host.rows[chunk_id], group.spans, raw)
             raw.flags.writeable = False
-            chunk = Chunk(group.codec_layout, group.raw_bytes, raw=raw)
+            chunk = Chunk(group.codec_layout, group.raw_bytes, raw=raw, loss=loss)
             copied.append((ChunkKey(self._namespace, key), chunk))
         return copied
 
@@ -313,5 +327,10 @@ class EnginePort:
         self._context.store.touch(names)
         if request.session is not None and message.chains:
             self._context.sessions.record_turn(
-                request.session, self._namespace, message.chains, message.num_tokens, time.time()
+                request.session,
+                self._namespace,
+                message.chains,
+                message.num_tokens,
+                time.time(),
+                request.loss,
             )

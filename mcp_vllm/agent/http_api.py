@@ -10,12 +10,14 @@ import msgspec
 from aiohttp import web
 
 from mcp_vllm import __version__
-from mcp_vllm.agent import wire
+from mcp_vllm.agent import peer_report, wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
+from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.wire import WireError
+from mcp_vllm.codec.loss import is_acceptable, rank
 from mcp_vllm.session.manifest import Manifest, SessionKey
-from mcp_vllm.store.ram import ChunkKey
+from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,9 @@ SEND_STALL_S = 30.0
 class HttpApi:
     """The routes. Owned by the agent's event loop."""
 
-    def __init__(self, context: AgentContext, encoder: Encoder) -> None:
+    def __init__(self, context: AgentContext, encoder: Encoder, peers: Peers) -> None:
         self._context = context
+        self._peers = peers
         self._encoder = encoder
 
     def application(self) -> web.Application:
@@ -42,6 +45,7 @@ class HttpApi:
                 web.get("/healthz", self._healthz),
                 web.get("/metrics", self._metrics),
                 web.get("/v1/hello", self._hello),
+                web.get("/v1/peers", self._list_peers),
                 web.post("/v1/blocks/lookup", self._lookup),
                 web.post("/v1/blocks/fetch", self._fetch),
                 web.get("/v1/sessions", self._sessions),
@@ -79,14 +83,26 @@ class HttpApi:
         hello = wire.PeerHello(wire.WIRE_VERSION, self._context.agent_id, self._fingerprints())
         return _packed(hello)
 
+    async def _list_peers(self, request: web.Request) -> web.Response:
+        body = msgspec.json.encode(peer_report.report(self._peers, self._context))
+        return web.Response(body=body, content_type="application/json")
+
     async def _lookup(self, request: web.Request) -> web.Response:
         asked = wire.decode(wire.LookupRequest, await request.read())
         wire.check_keys(asked)
         if asked.namespace not in self._context.fingerprints:
             return _packed(wire.LookupReply(b"", self._fingerprints()))
-        store = self._context.store
-        present = bytes(ChunkKey(asked.namespace, key) in store for key in asked.keys)
-        return _packed(wire.LookupReply(present))
+        context = self._context
+        chunks = (context.store.get(ChunkKey(asked.namespace, key)) for key in asked.keys)
+        present = bytes(
+            chunk is not None and is_acceptable(chunk.loss, asked.lossy) for chunk in chunks
+        )
+        reply = wire.LookupReply(
+            present,
+            stored_codec=context.config.codec.name,
+            send_bytes_s=context.codecs.sending_speeds(),
+        )
+        return _packed(reply)
 
     async def _fetch(self, request: web.Request) -> web.StreamResponse:
         asked = wire.decode(wire.FetchRequest, await request.read())
@@ -95,31 +111,35 @@ class HttpApi:
         await response.prepare(request)
         names = [ChunkKey(asked.namespace, key) for key in asked.keys]
         self._context.store.touch(names)
-        await self._send_frames(response, names)
-        await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0))
+        await self._send_frames(response, names, asked)
+        await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0))
         await response.write_eof()
         return response
 
-    async def _send_frames(self, response: web.StreamResponse, names: Sequence[ChunkKey]) -> None:
-        ahead: list[tuple[int, asyncio.Task[bytes]]] = []
+    async def _send_frames(
+        self, response: web.StreamResponse, names: Sequence[ChunkKey], asked: wire.FetchRequest
+    ) -> None:
+        ahead: list[tuple[int, Chunk, asyncio.Task[bytes]]] = []
         index = 0
         try:
             while index < len(names) or ahead:
                 while index < len(names) and len(ahead) < ENCODE_AHEAD:
                     chunk = self._context.store.get(names[index])
-                    if chunk is not None:
-                        frame = self._encoder.frame(names[index], chunk)
-                        ahead.append((index, asyncio.create_task(frame)))
+                    if chunk is not None and is_acceptable(chunk.loss, asked.lossy):
+                        frame = self._encoder.frame_as(names[index], chunk, asked.codec)
+                        ahead.append((index, chunk, asyncio.create_task(frame)))
                     index += 1
                 if ahead:
-                    position, task = ahead.pop(0)
-                    await self._send_frame(response, position, await task)
+                    position, sent, task = ahead.pop(0)
+                    await self._send_frame(response, position, sent.loss, await task)
         finally:
-            for _, task in ahead:
+            for _, _, task in ahead:
                 task.cancel()
 
-    async def _send_frame(self, response: web.StreamResponse, index: int, frame: bytes) -> None:
-        head = wire.FRAME_HEAD.pack(index, len(frame))
+    async def _send_frame(
+        self, response: web.StreamResponse, index: int, loss: str, frame: bytes
+    ) -> None:
+        head = wire.FRAME_HEAD.pack(index, rank(loss), len(frame))
         await _write(response, head)
         for start in range(0, len(frame), SLICE_BYTES):
             await _write(response, memoryview(frame)[start : start + SLICE_BYTES])
@@ -182,6 +202,7 @@ def _summary(manifest: Manifest) -> dict[str, object]:
         "num_tokens": manifest.num_tokens,
         "num_chunks": manifest.num_chunks,
         "turns": manifest.turns,
+        "loss": manifest.loss or "none",
         "created_s": manifest.created_s,
         "last_used_s": manifest.last_used_s,
     }

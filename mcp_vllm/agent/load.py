@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,16 @@ import numpy as np
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
-from mcp_vllm.agent.peer import Peer, PeerFailure
-from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
+from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure
+from mcp_vllm.codec import (
+    FRAME_PREFIX_SIZE,
+    ChecksumError,
+    CodecError,
+    FrameError,
+    decode_frame_into,
+    read_header,
+)
+from mcp_vllm.codec.loss import EXACT, is_acceptable, worst
 from mcp_vllm.link.protocol import GroupLayout, Landed, Loaded, group_index
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
@@ -50,6 +58,7 @@ class LoadJob:
         keys: what to bring.
         groups: chunk layouts of the engine, by group index.
         holders: peers that said they have a key.
+        lossy: tiers that the request accepts.
         send: sends a message to the engine.
     """
 
@@ -60,7 +69,9 @@ class LoadJob:
     keys: Sequence[bytes]
     groups: Sequence[GroupLayout]
     holders: Holders
+    lossy: Sequence[str]
     send: Callable[[Landed | Loaded], Awaitable[None]]
+    losses: dict[int, str] = field(default_factory=dict)
     _missing: set[int] = field(default_factory=set)
     _causes: dict[str, None] = field(default_factory=dict)
     _sources: dict[str, None] = field(default_factory=dict)
@@ -97,6 +108,7 @@ class LoadJob:
                 self._wire_bytes,
                 list(self._sources),
                 list(self._causes),
+                list(self.losses.items()),
             )
         )
 
@@ -132,20 +144,21 @@ class LoadJob:
         return max(counts, key=lambda peer: counts[peer], default=None)
 
     async def _fetch(self, peer: Peer, wanted: Sequence[int]) -> None:
-        keys = [self.keys[index] for index in wanted]
-        bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in wanted]
         # Decoding keeps up with the stream or slows it down: never more frames than this at once.
         room = asyncio.Semaphore(2 * self.context.codec_threads + 2)
         outcome = _Outcome()
-        async with (
-            asyncio.TaskGroup() as tasks,
-            contextlib.aclosing(peer.fetch(self.namespace, keys, bounds)) as frames,
-        ):
+        async with asyncio.TaskGroup() as tasks:
             try:
-                async for position, frame in frames:
-                    await room.acquire()
-                    landing = self._land_fetched(peer, wanted[position], frame, outcome)
-                    tasks.create_task(landing).add_done_callback(lambda _: room.release())
+                while wanted:
+                    codec, count = self._next_request(peer, wanted)
+                    asked, wanted = wanted[:count], wanted[count:]
+                    async with contextlib.aclosing(self._frames(peer, asked, codec)) as frames:
+                        async for fetched in frames:
+                            await room.acquire()
+                            landing = self._land_fetched(
+                                peer, asked[fetched.index], fetched, outcome
+                            )
+                            tasks.create_task(landing).add_done_callback(lambda _: room.release())
             except PeerFailure as failure:
                 # What came before the failure is whole and lands. The peer has counted it.
                 self._causes[failure.cause] = None
@@ -157,23 +170,46 @@ class LoadJob:
         elif outcome.num_landed and not outcome.is_counted:
             peer.note_fetched()
 
-    async def _land_fetched(self, peer: Peer, index: int, frame: bytes, outcome: _Outcome) -> None:
+    def _next_request(self, peer: Peer, wanted: Sequence[int]) -> tuple[str, int]:
+        """The codec to ask for, and how many of the wanted chunks."""
+        context = self.context
+        sizes = [self._group(index).raw_bytes for index in wanted]
+        accepted = context.codecs.acceptable(self.lossy)
+        return peer.plan.next_request(sizes, accepted, context.codecs.speeds, context.codec_threads)
+
+    def _frames(
+        self, peer: Peer, asked: Sequence[int], codec: str
+    ) -> AsyncGenerator[FetchedFrame, None]:
+        keys = [self.keys[index] for index in asked]
+        bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in asked]
+        return peer.fetch(self.namespace, keys, bounds, codec, self.lossy)
+
+    async def _land_fetched(
+        self, peer: Peer, index: int, fetched: FetchedFrame, outcome: _Outcome
+    ) -> None:
         group = self._group(index)
+        frame = fetched.frame
         self._wire_bytes += len(frame)
         try:
-            await self._land(index, lambda out: _decode(frame, out, self.keys[index]))
+            header = read_header(frame[:FRAME_PREFIX_SIZE], max_raw_size=group.raw_bytes)
+            loss = worst([fetched.loss, EXACT if header.lossless else header.codec_name])
+            if not is_acceptable(loss, self.lossy):
+                raise FrameError(f"a frame of codec {header.codec_name}, which is not accepted")
+            await self._land(index, lambda out: _decode(frame, out, self.keys[index]), loss)
         except CodecError as error:
             outcome.damage = outcome.damage or error
             return
+        peer.plan.learn_ratio(header.codec_name, group.raw_bytes / len(frame))
         outcome.num_landed += 1
         self._sources[peer.name] = None
         self.context.metrics.loaded_chunks.labels("peer").inc()
-        chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame)
+        chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame, loss=loss)
         self.context.store.put(self._name(index), chunk)
 
     async def _land_stored(self, index: int, chunk: Chunk) -> None:
         try:
-            await self._land(index, lambda out: _restore(chunk, out, self.keys[index]))
+            key = self.keys[index]
+            await self._land(index, lambda out: _restore(chunk, out, key), chunk.loss)
         except CodecError as error:
             self._causes["checksum"] = None
             logger.warning("a stored chunk is damaged and was dropped: %s", error)
@@ -182,7 +218,7 @@ class LoadJob:
         self._sources[LOCAL] = None
         self.context.metrics.loaded_chunks.labels("store").inc()
 
-    async def _land(self, index: int, fill: Callable[[memoryview], None]) -> None:
+    async def _land(self, index: int, fill: Callable[[memoryview], None], loss: str) -> None:
         """Fill a slot and hand it to the engine. Raises CodecError; the slot is free again then."""
         size = self._group(index).raw_bytes
         slot = await self.slots.acquire()
@@ -196,6 +232,8 @@ class LoadJob:
         except Exception:
             self.slots.release([slot])
             raise
+        if loss != EXACT:
+            self.losses[index] = loss
         await self.send(Landed(self.job_id, [(index, slot)]))
         self._missing.discard(index)
         self._raw_bytes += size

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 
 import aiohttp
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
+from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
+from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS, is_acceptable
 from mcp_vllm.errors import McpError
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
@@ -33,6 +37,15 @@ class PeerFailure(McpError):
         self.cause = cause
 
 
+@dataclass(frozen=True)
+class FetchedFrame:
+    """A frame for key `index` of a request, and what its content has lost before (`codec.loss`)."""
+
+    index: int
+    frame: bytes
+    loss: str
+
+
 class Peer:
     """One configured peer.
 
@@ -47,6 +60,7 @@ class Peer:
     ) -> None:
         self.name = name
         self.breaker = Breaker()
+        self.plan = TransferPlan()
         self._http = http
         self._metrics = metrics
         # aiohttp's own read timeout is not used: when the end of a body arrives while reading is
@@ -71,14 +85,16 @@ class Peer:
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error) from error
 
-    async def lookup(self, fingerprint: Fingerprint, keys: Sequence[bytes]) -> bytes:
-        """One flag a key: 1 when the peer can send it.
+    async def lookup(
+        self, fingerprint: Fingerprint, keys: Sequence[bytes], lossy: Sequence[str]
+    ) -> bytes:
+        """One flag a key: 1 when the peer can send it, with no loss other than of tiers `lossy`.
 
         Raises:
             PeerFailure: no usable answer. Cancelling this counts as a failure too, because the
                 caller's deadline passed.
         """
-        request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys))
+        request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys), list(lossy))
         try:
             async with self._post("blocks/lookup", request) as response:
                 reply = wire.decode(wire.LookupReply, await self._body(response))
@@ -87,6 +103,7 @@ class Peer:
             present = reply.present or bytes(len(keys))
             if len(present) != len(keys):
                 raise WireError("malformed", "the answer does not fit the question")
+            self.plan.learn_sender(reply.stored_codec, reply.send_bytes_s)
         except asyncio.CancelledError:
             self.note_failure("timeout", "no answer to a lookup within the deadline")
             raise
@@ -97,25 +114,33 @@ class Peer:
         return present
 
     async def fetch(
-        self, namespace: bytes, keys: Sequence[bytes], max_frame_bytes: Sequence[int]
-    ) -> AsyncGenerator[tuple[int, bytes], None]:
-        """Frames as they arrive: (index into `keys`, frame). Keys the peer lost are left out.
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        max_frame_bytes: Sequence[int],
+        codec: str,
+        lossy: Sequence[str],
+    ) -> AsyncGenerator[FetchedFrame, None]:
+        """Frames as they arrive, in the order of `keys`. Keys the peer lost are left out.
 
-        `max_frame_bytes[i]` bounds the frame of key i before it is read.
+        `max_frame_bytes[i]` bounds the frame of key i before it is read; `codec` is wanted, the
+        tiers `lossy` are accepted.
 
         Raises:
             PeerFailure: the stream broke, stalled, or made an impossible claim.
         """
-        request = wire.FetchRequest(wire.WIRE_VERSION, namespace, list(keys))
+        request = wire.FetchRequest(wire.WIRE_VERSION, namespace, list(keys), codec, list(lossy))
         previous = -1
+        asked_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._stall_s):
                 response = await self._post("blocks/fetch", request)
+            self.plan.meter.note_latency(time.perf_counter() - asked_s)
             async with response:
                 await self._check_status(response)
                 while True:
                     head = await self._read(response, wire.FRAME_HEAD.size)
-                    index, size = wire.FRAME_HEAD.unpack(head)
+                    index, loss_rank, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
                         await self._end_of(response)
                         break
@@ -124,9 +149,12 @@ class Peer:
                     previous = index
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
+                    loss = self._accepted_loss(loss_rank, lossy)
+                    begun_s = time.perf_counter()
                     frame = await self._read(response, size)
+                    self.plan.meter.note_payload(size, time.perf_counter() - begun_s)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
-                    yield index, frame
+                    yield FetchedFrame(index, frame, loss)
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error, fetching=True) from error
 
@@ -205,6 +233,16 @@ class Peer:
                 raise WireError("closed", "the stream was cut off")
             received += part
         return bytes(received)
+
+    @staticmethod
+    def _accepted_loss(loss_rank: int, lossy: Sequence[str]) -> str:
+        """The loss of that rank. Raises WireError when there is none, or it was not asked for."""
+        if loss_rank > len(LOSSY_TIERS):
+            raise WireError("malformed", f"a loss of rank {loss_rank}")
+        loss = (EXACT, *LOSSY_TIERS)[loss_rank]
+        if not is_acceptable(loss, lossy):
+            raise WireError("lossy", f"a chunk that went through {loss}, which is not accepted")
+        return loss
 
     async def _end_of(self, response: aiohttp.ClientResponse) -> None:
         """Read the end of the body, so that the connection can be used again."""

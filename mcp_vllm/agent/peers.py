@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import aiohttp
 
@@ -28,16 +28,25 @@ class Peers:
     def __len__(self) -> int:
         return len(self._peers)
 
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._peers)
+
     async def locate(
-        self, fingerprint: Fingerprint, keys: Sequence[bytes], deadline_s: float
+        self,
+        fingerprint: Fingerprint,
+        keys: Sequence[bytes],
+        lossy: Sequence[str],
+        deadline_s: float,
     ) -> dict[bytes, list[Peer]]:
         """Which peers have which of `keys`, as far as they answer within `deadline_s`.
+
+        What has lost detail counts where the tier is one of `lossy`.
 
         Returns early once one peer has everything.
         """
         holders: dict[bytes, list[Peer]] = {}
         asked = {
-            asyncio.create_task(peer.lookup(fingerprint, keys)): peer
+            asyncio.create_task(peer.lookup(fingerprint, keys, lossy)): peer
             for peer in self._peers
             if peer.breaker.allow()
         }

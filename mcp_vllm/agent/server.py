@@ -75,7 +75,7 @@ class Agent:
         listener = self._listen_for_engines()
         self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
         runner = web.AppRunner(
-            HttpApi(self._context, self._encoder).application(),
+            HttpApi(self._context, self._encoder, self._peers).application(),
             access_log=None,
             shutdown_timeout=SHUTDOWN_GRACE_S,
         )

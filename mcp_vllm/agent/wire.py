@@ -1,12 +1,15 @@
 """What two agents say to each other: HTTP with msgpack bodies; blocks as a stream of frames.
 
 - `GET /v1/hello` -> `PeerHello`: who answers, and which fingerprints its engines have.
-- `POST /v1/blocks/lookup` with `LookupRequest` -> `LookupReply`: one flag a key. When the asked
-  namespace is unknown there, the reply carries the known fingerprints, so that the asker can name
-  the field that differs.
+- `POST /v1/blocks/lookup` with `LookupRequest` -> `LookupReply`: one flag a key, and how fast the
+  holder can make frames of which codec. When the asked namespace is unknown there, the reply
+  carries the known fingerprints, so that the asker can name the field that differs.
 - `POST /v1/blocks/fetch` with `FetchRequest` -> `200`, body: for each key that is still there, in
-  the order asked, `FRAME_HEAD` (index of the key in the request, length of the frame) and the
-  frame; at the end a head with `END_INDEX` and length 0. A body that ends without it was cut off.
+  the order asked, `FRAME_HEAD` (index of the key in the request, rank of the loss that its content
+  has suffered before, length of the frame) and the frame; at the end a head with `END_INDEX` and
+  length 0. A body that ends without it was cut off.
+
+A request names the lossy tiers that the asker accepts; what has suffered another is a miss for it.
 
 Every request names the protocol version; another version is answered with 409 and a sentence.
 """
@@ -18,13 +21,14 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from mcp_vllm.codec.loss import LOSSY_TIERS
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.protocol import MAX_MESSAGE_BYTES
 
 WIRE_VERSION: Final = 1
 MAX_REQUEST_BYTES: Final = MAX_MESSAGE_BYTES
 MAX_KEYS: Final = 1 << 17
-FRAME_HEAD: Final = struct.Struct(">IQ")
+FRAME_HEAD: Final = struct.Struct(">IBQ")
 END_INDEX: Final = 0xFFFFFFFF
 # A frame is never larger than its raw bytes plus a header; this bounds the header generously.
 FRAME_SLACK_BYTES: Final = 64 << 10
@@ -49,19 +53,31 @@ class LookupRequest(msgspec.Struct):
     version: int
     namespace: bytes
     keys: list[bytes]
+    lossy: list[str] = []
 
 
 class LookupReply(msgspec.Struct):
-    """`present[i]` is 1 when key i can be fetched; empty when the namespace is unknown here."""
+    """`present[i]` is 1 when key i can be fetched; empty when the namespace is unknown here.
+
+    Attributes:
+        stored_codec: of frames that are ready to be sent.
+        send_bytes_s: codec -> raw bytes a second at which stored frames become frames of it.
+    """
 
     present: bytes
     fingerprints: list[dict[str, str]] = []
+    stored_codec: str = ""
+    send_bytes_s: dict[str, float] = {}
 
 
 class FetchRequest(msgspec.Struct):
+    """Frames of `codec` are wanted; empty, or one that the holder lacks: as they are stored."""
+
     version: int
     namespace: bytes
     keys: list[bytes]
+    codec: str = ""
+    lossy: list[str] = []
 
 
 _T = TypeVar("_T")
@@ -93,5 +109,7 @@ def check_keys(request: Any) -> None:
         raise WireError(
             "version", f"this agent speaks version {WIRE_VERSION}, the request {request.version}"
         )
+    if len(request.lossy) > len(LOSSY_TIERS):
+        raise WireError("malformed", "more lossy tiers than there are")
     if len(request.keys) > MAX_KEYS or any(not 4 < len(key) <= 128 for key in request.keys):
         raise WireError("malformed", "too many keys, or a key of impossible length")

@@ -72,7 +72,8 @@ def _synthetic_chunk() -> bytes:
     random = np.random.default_rng(0)
     scales = np.exp(random.normal(0, 1.5, CHANNELS))
     values = (random.normal(0, 1, (NUM_TOKENS, CHANNELS)) * scales).astype(np.float32)
-    return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    patterns: bytes = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    return patterns
 
 
 def _best_s(run: Callable[[], object]) -> float:

@@ -17,6 +17,8 @@ from mcp_vllm.config.address import Address
 from mcp_vllm.config.nearest import did_you_mean
 
 KNOWN_CODECS = ("raw", "zstd", "lossless")
+LOSSY_TIERS = ("near-lossless", "balanced", "small")
+AUTO = "auto"
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -34,22 +36,27 @@ def _peer_address(text: str) -> str:
     return str(address)
 
 
-def _unique(addresses: tuple[str, ...]) -> tuple[str, ...]:
-    for index, address in enumerate(addresses):
-        if address in addresses[:index]:
-            raise ValueError(f'"{address}" is listed twice')
-    return addresses
+def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f'"{value}" is listed twice')
+    return values
 
 
-def _known_codec(name: str) -> str:
-    if name not in KNOWN_CODECS:
-        raise ValueError(f'unknown codec "{name}" {did_you_mean(name, KNOWN_CODECS)}')
-    return name
+def _known(kind: str, names: Sequence[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f'unknown {kind} "{name}" {did_you_mean(name, names)}')
+        return name
+
+    return AfterValidator(check)
 
 
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 PeerAddress = Annotated[str, AfterValidator(_peer_address)]
-CodecName = Annotated[str, AfterValidator(_known_codec)]
+CodecName = Annotated[str, _known("codec", KNOWN_CODECS)]
+WireCodecName = Annotated[str, _known("codec", (AUTO, *KNOWN_CODECS, *LOSSY_TIERS))]
+LossyTier = Annotated[str, _known("lossy tier", LOSSY_TIERS)]
 
 
 class _Section(BaseModel):
@@ -99,6 +106,25 @@ class CodecConfig(_Section):
     level: int = Field(default=3, ge=1, le=22)
     """Zstandard level; 3 to 5 recommended, higher costs more time than it saves on most links."""
 
+    wire: WireCodecName = AUTO
+    """Codec in which blocks are asked for from peers. `auto`: the one that brings them soonest over
+    the link as measured, of those without loss and those that `lossy` allows."""
+
+    lossy: Annotated[tuple[LossyTier, ...], AfterValidator(_unique)] = ()
+    """Lossy tiers that may be used between peers: `near-lossless`, `balanced`, `small`. Blocks that
+    went through one are given only to those who allow it too."""
+
+    lossy_tenants: Annotated[tuple[str, ...], AfterValidator(_unique)] = Field(
+        default=(), max_length=10_000
+    )
+    """Tenants that `lossy` is for; empty: for all. With tenants named, it holds for their requests
+    with a `cache_salt`: without one, blocks are shared with the other tenants by their content."""
+
+    def lossy_for(self, tenant: str, salted: bool) -> tuple[str, ...]:
+        """The lossy tiers that a request of `tenant` accepts."""
+        everybody = not self.lossy_tenants
+        return self.lossy if everybody or (salted and tenant in self.lossy_tenants) else ()
+
 
 class Config(_Section):
     """The configuration of one engine and its agent."""
@@ -130,6 +156,17 @@ class Config(_Section):
                 "{listen} can be reached from other machines and has no TLS: "
                 'set "insecure: true" to allow that, or let "agent.listen" be a loopback address',
                 {"key": "agent.listen", "listen": listen},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _wire_codec_is_allowed(self) -> "Config":
+        wire = self.codec.wire
+        if wire in LOSSY_TIERS and wire not in self.codec.lossy:
+            raise PydanticCustomError(
+                "lossy_wire",
+                'codec "{wire}" loses detail: allow it with "codec.lossy: [{wire}]"',
+                {"key": "codec.wire", "wire": wire},
             )
         return self
 

@@ -396,6 +396,7 @@ class AgentLink:
             message.wire_bytes,
             tuple(message.sources),
             tuple(message.causes),
+            tuple((i, loss) for i, loss in message.losses if 0 <= i < len(job.keys)),
         )
         self._emit(done)
 

@@ -22,6 +22,7 @@ class JobDone:
     Attributes:
         failed: indices of the keys that did not arrive; a store fails as a whole (all or none).
         causes: why, one short word each.
+        losses: what went through a lossy tier: (index of the key, name of the tier).
     """
 
     job_id: int
@@ -30,6 +31,7 @@ class JobDone:
     wire_bytes: int = 0
     sources: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
+    losses: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from typing import Any, Final
 import msgspec
 
 from mcp_vllm.codec import ChunkLayout
+from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.errors import McpError
 
 PROTOCOL_VERSION: Final = 1
@@ -123,11 +124,16 @@ class Inventory(msgspec.Struct, tag=True):
 
 
 class Prepare(msgspec.Struct, tag=True):
-    """A request was added; until its Finish the engine counts as busy."""
+    """A request was added; until its Finish the engine counts as busy.
+
+    Attributes:
+        salted: its keys are those of requests with the same `cache_salt` only.
+    """
 
     request_id: str
     tenant: str
     session_id: str | None
+    salted: bool = False
 
 
 class Lookup(msgspec.Struct, tag=True):
@@ -170,6 +176,7 @@ class Loaded(msgspec.Struct, tag=True):
         wire_bytes: bytes of those that came over the network, frames included.
         sources: "agent", or the peers' names, in order of first use.
         causes: why chunks failed, one short word each ("timeout", "checksum", ...).
+        losses: what went through a lossy tier: (index into the load's keys, name of the tier).
     """
 
     job_id: int
@@ -178,14 +185,20 @@ class Loaded(msgspec.Struct, tag=True):
     wire_bytes: int
     sources: list[str]
     causes: list[str]
+    losses: list[tuple[int, str]] = []
 
 
 class Store(msgspec.Struct, tag=True):
-    """`chunk_ids[i]` is the host chunk of `keys[i]`, pinned until Stored."""
+    """`chunk_ids[i]` is the host chunk of `keys[i]`, pinned until Stored.
+
+    Attributes:
+        loss: the worst loss of the context that the chunks were computed from (`codec.loss`).
+    """
 
     job_id: int
     keys: list[Key]
     chunk_ids: list[int]
+    loss: str = EXACT
 
 
 class Stored(msgspec.Struct, tag=True):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from mcp_vllm.codec.loss import EXACT, worst
 from mcp_vllm.errors import McpError
 
 DEFAULT_TENANT = "default"
@@ -48,7 +49,8 @@ class SessionKey(msgspec.Struct, frozen=True, order=True):
 class Manifest(msgspec.Struct, kw_only=True):
     """One session's context.
 
-    `chains[g]` holds the offload keys of KV cache group g in order of position.
+    `chains[g]` holds the offload keys of KV cache group g in order of position; `loss` is the worst
+    that a turn of it was given (`codec.loss`).
     Times are seconds since the epoch, by this agent's clock.
     """
 
@@ -59,6 +61,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     turns: int
     created_s: float
     last_used_s: float
+    loss: str = EXACT
     version: int = FORMAT_VERSION
 
     @property
@@ -90,6 +93,7 @@ class SessionRegistry:
         chains: Sequence[Sequence[bytes]],
         num_tokens: int,
         now_s: float,
+        loss: str = EXACT,
     ) -> Manifest:
         """A turn of the session has finished with this chain, which replaces the previous one.
 
@@ -104,6 +108,7 @@ class SessionRegistry:
             turns=previous.turns + 1 if previous else 1,
             created_s=previous.created_s if previous else now_s,
             last_used_s=now_s,
+            loss=worst([loss, previous.loss]) if previous else loss,
         )
         self._manifests[key] = manifest
         while len(self._manifests) > self._max_sessions:

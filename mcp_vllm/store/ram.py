@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcp_vllm.codec import ChunkLayout
+from mcp_vllm.codec.loss import EXACT, rank
 
 # What an entry costs beyond its bytes (key, object, dictionary slot), counted against the budget.
 ENTRY_OVERHEAD_BYTES = 512
@@ -38,12 +39,14 @@ class Chunk:
         raw_bytes: size of the chunk as the engine holds it.
         raw: uint8, shape (raw_bytes,), read only, until encoded.
         frame: the encoded chunk.
+        loss: what its content has been through, see `codec.loss`.
     """
 
     layout: ChunkLayout
     raw_bytes: int
     raw: NDArray[np.uint8] | None = None
     frame: bytes | None = None
+    loss: str = EXACT
 
     @property
     def held_bytes(self) -> int:
@@ -99,13 +102,17 @@ class RamStore:
     def put(self, name: ChunkKey, chunk: Chunk) -> bool:
         """Keep `chunk`, evicting as needed; False when it cannot fit at all.
 
-        A chunk that is present stays: equal names mean equal bytes.
+        A chunk that is present stays, unless the new one has lost less: otherwise equal names
+        mean equal bytes.
         """
-        if name in self._chunks:
+        present = self._chunks.get(name)
+        if present is not None and rank(present.loss) <= rank(chunk.loss):
             self._chunks.move_to_end(name)
             return True
         if chunk.held_bytes > self.budget_bytes:
             return False
+        if present is not None:
+            self.discard(name)
         self._evict_until(self.budget_bytes - chunk.held_bytes)
         self._chunks[name] = chunk
         self._account(name, chunk, 1)

@@ -104,7 +104,8 @@ class MCPConnector(OffloadingConnector):
         status = self.scheduler._req_status[request.request_id]
         status.update_offload_keys()
         chains = [list(state.offload_keys) for state in status.group_states]
-        self._tier.prepare(status.req_context, _session_of(request), chains)
+        salted = request.cache_salt is not None
+        self._tier.prepare(status.req_context, _session_of(request), salted, chains)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         metadata = super().build_connector_meta(scheduler_output)

@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from mcp_vllm.codec.loss import EXACT, worst
 from mcp_vllm.link import protocol
 from mcp_vllm.link.client import AgentLink
 from mcp_vllm.link.events import Found, JobDone, Lost
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # A prompt with more chunks than this is looked up in parts, as the scheduler asks.
 MAX_PREPARED_KEYS = 100_000
+# Chunks known one by one to have been through a lossy tier.
+MAX_LOSSES = 1_000_000
 
 
 @dataclass
@@ -62,6 +65,7 @@ class _Request:
     to_ask: list[OffloadKey] = field(default_factory=list)
     deadline_s: float = 0.0
     started_s: float = 0.0
+    prompt: list[OffloadKey] | None = None
     chains: list[list[OffloadKey]] = field(default_factory=list)
     num_tokens: int = 0
     report: ImportReport = field(default_factory=ImportReport)
@@ -80,6 +84,8 @@ class ContextTier(SecondaryTierManager):
         self._responsive = True
         self._requests: dict[str, _Request] = {}
         self._inventory: set[OffloadKey] = set()
+        # What was loaded after a lossy tier; it may be in this engine's caches until it ends.
+        self._losses: dict[OffloadKey, str] = {}
         self._lookups: dict[int, tuple[str, Sequence[OffloadKey]]] = {}
         self._next_lookup_id = 0
         self._jobs: dict[int, TransferJob] = {}
@@ -104,17 +110,24 @@ class ContextTier(SecondaryTierManager):
         link.wait_connected(wait_s)
 
     def prepare(
-        self, req_context: ReqContext, session: SessionKey, chains: list[list[OffloadKey]]
+        self,
+        req_context: ReqContext,
+        session: SessionKey,
+        salted: bool,
+        chains: list[list[OffloadKey]],
     ) -> None:
-        """A request was added with these chains, one a KV cache group: ask for what is not here."""
+        """A request was added with these chains, one a KV cache group: ask for what is not here.
+
+        `salted`: it has a `cache_salt`, so its keys are its own and those of the same salt.
+        """
         request = self._requests[req_context.req_id]
+        request.prompt = keys = [key for chain in chains for key in chain]
         if self._link is None or not self._link.connected:
             return
         self._link.send(
-            protocol.Prepare(req_context.req_id, session.tenant, session.session_id or None)
+            protocol.Prepare(req_context.req_id, session.tenant, session.session_id or None, salted)
         )
         self._take_events()
-        keys = [key for chain in chains for key in chain]
         absent = [key for key in keys if key not in self._inventory]
         self._count_lookups(len(keys) - len(absent), "hit")
         if not self._link.asks_peers:
@@ -185,7 +198,8 @@ class ContextTier(SecondaryTierManager):
         if self._link is None:
             self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
             return
-        self._link.send(protocol.Store(job_id, keys, job_metadata.chunk_ids.tolist()))
+        loss = self._loss_of(job_metadata.req_context.req_id)
+        self._link.send(protocol.Store(job_id, keys, job_metadata.chunk_ids.tolist(), loss))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         self._take_events()
@@ -287,6 +301,23 @@ class ContextTier(SecondaryTierManager):
         self._count_lookups(num_hits, "hit")
         self._count_lookups(len(keys) - num_hits, "miss")
 
+    def _loss_of(self, request_id: str) -> str:
+        """The worst loss in the context that the request's blocks were computed from."""
+        if not self._losses:
+            return EXACT
+        request = self._requests.get(request_id)
+        if request is None or request.prompt is None or len(self._losses) > MAX_LOSSES:
+            return worst(self._losses.values())
+        return worst(self._losses.get(key, EXACT) for key in request.prompt)
+
+    def _note_losses(self, keys: Sequence[OffloadKey], losses: Iterable[tuple[int, str]]) -> None:
+        for index, loss in losses:
+            if len(self._losses) > MAX_LOSSES:
+                # From here on everything counts as lossy, by the worst tier that was seen.
+                self._losses.setdefault(OffloadKey(loss.encode()), loss)
+            else:
+                self._losses[keys[index]] = loss
+
     def _count_lookups(self, num_keys: int, result: str) -> None:
         self._stats.increase_counter(EngineMetrics.LOOKUP_KEYS, num_keys, (result,))
 
@@ -314,6 +345,7 @@ class ContextTier(SecondaryTierManager):
         stats.increase_counter(m.LOADED_CHUNKS, len(keys) - len(done.failed))
         stats.increase_counter(m.LOADED_BYTES, done.raw_bytes)
         stats.increase_counter(m.WIRE_BYTES, done.wire_bytes)
+        self._note_losses(keys, done.losses)
         request = self._requests.get(job.req_context.req_id)
         if done.failed:
             cause = done.causes[0] if done.causes else "unknown"

@@ -15,6 +15,8 @@ from simulated import (
     SimulatedEngine,
     SimulatedPeer,
     address,
+    get,
+    get_json,
     has_all,
     key,
     keys,
@@ -33,22 +35,6 @@ from mcp_vllm.link.shared_memory import create_memory, receive_with_fd, send_wit
 
 NAMES = [*keys(0, 1, 2), key(0, group=1)]
 GROUP_OF = [0, 0, 0, 1]
-
-
-async def get(agent: Agent, path: str) -> tuple[int, str]:
-    async with (
-        aiohttp.ClientSession() as http,
-        http.get(f"http://{address(agent)}{path}") as response,
-    ):
-        return response.status, await response.text()
-
-
-async def get_json(agent: Agent, path: str):
-    async with (
-        aiohttp.ClientSession() as http,
-        http.get(f"http://{address(agent)}{path}") as response,
-    ):
-        return await response.json()
 
 
 async def fill_and_store(engine: SimulatedEngine) -> None:
@@ -400,7 +386,7 @@ async def test_a_peers_request_that_breaks_the_protocol_is_refused(tmp_path: Pat
                     assert response.status == status
         body = wire.encode(wire.FetchRequest(wire.WIRE_VERSION, b"unknown", keys(1, 2)))
         async with http.post(url + "fetch", data=body) as response:
-            assert await response.read() == wire.FRAME_HEAD.pack(wire.END_INDEX, 0)
+            assert await response.read() == wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0)
 
 
 async def test_an_agent_does_not_remove_what_is_not_its_socket(tmp_path: Path) -> None:
