@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mcp_vllm.agent.codecs import AgentCodecs
+from mcp_vllm.agent.flights import Flights
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
 from mcp_vllm.session.fingerprint import Fingerprint
@@ -57,6 +58,7 @@ class AgentContext:
         self.sessions = SessionRegistry(config.agent.max_sessions)
         self.metrics = AgentMetrics()
         self.activity = Activity()
+        self.flights = Flights()
         self.fingerprints: dict[bytes, Fingerprint] = {}
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads

@@ -113,10 +113,10 @@ class LoadJob:
         )
 
     async def _from_store(self) -> None:
-        names = [self._name(index) for index in sorted(self._missing)]
-        self.context.store.touch(names)
+        names = {index: self._name(index) for index in sorted(self._missing)}
+        self.context.store.touch(names.values())
         async with asyncio.TaskGroup() as tasks:
-            for index, name in enumerate(names):
+            for index, name in names.items():
                 chunk = self.context.store.get(name)
                 if chunk is not None:
                     tasks.create_task(self._land_stored(index, chunk))
@@ -128,11 +128,24 @@ class LoadJob:
             if peer is None:
                 self._causes.setdefault("gone")
                 return
-            tried.add(peer)
-            wanted = [i for i in sorted(self._missing) if peer in self._holders_of(i)]
-            self._asked = peer
-            await self._fetch(peer, wanted)
-            self._asked = None
+            wanted = {
+                self._name(i): i for i in sorted(self._missing) if peer in self._holders_of(i)
+            }
+            with self.context.flights.claim(list(wanted)) as claimed:
+                if claimed:
+                    tried.add(peer)
+                    self._asked = peer
+                    await self._fetch(peer, [wanted[name] for name in claimed])
+                    self._asked = None
+            await self._from_other_flights([name for name in wanted if name not in claimed])
+
+    async def _from_other_flights(self, names: Sequence[ChunkKey]) -> None:
+        """Take what other loads were fetching, when they have it; what failed stays missing."""
+        if not names:
+            return
+        for name in names:
+            await self.context.flights.wait(name)
+        await self._from_store()
 
     def _next_peer(self, tried: set[Peer]) -> Peer | None:
         """The untried peer that holds most of what is missing."""

@@ -164,6 +164,70 @@ async def test_only_what_is_missing_travels_and_nothing_twice(tmp_path: Path) ->
                 assert engine.payload(10 + number) == engine.payload(number)
 
 
+async def test_two_loads_at_once_fetch_each_chunk_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    both_wait = asyncio.Event()
+
+    async def sends_when_both_wait(asked: list[bytes], writer: asyncio.StreamWriter) -> None:
+        await both_wait.wait()
+        await sends_all(asked, writer)
+
+    async with (
+        SimulatedPeer(has_all, sends_when_both_wait) as peer,
+        running_agent(settings(peer.name), path),
+    ):
+        with SimulatedEngine(path) as engine:
+            await engine.connected()
+            loads = []
+            for number, wanted in enumerate((keys(0, 1, 2), keys(1, 2, 3))):
+                engine.prepare(f"r{number}")
+                assert await engine.lookup(f"r{number}", wanted) == [1] * 3
+                chunk_ids = [10 * (number + 1) + index for index in range(3)]
+                loads.append(asyncio.create_task(engine.load(f"r{number}", wanted, chunk_ids)))
+                await until(lambda: peer.fetched, "the first load to ask")
+            await until(lambda: len(peer.fetched) == 2, "the second load to ask for the rest")
+            both_wait.set()
+            first, second = [await load for load in loads]
+            assert not first.failed | second.failed
+            assert peer.fetched == [keys(0, 1, 2), keys(3)]
+            assert set(second.sources) == {peer.name, "agent"}
+            assert [engine.payload(11), engine.payload(12)] == [
+                engine.payload(20),
+                engine.payload(21),
+            ]
+
+
+async def test_what_a_failed_load_did_not_bring_is_fetched_by_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    asked_twice = asyncio.Event()
+
+    async def breaks_once(asked: list[bytes], writer: asyncio.StreamWriter) -> None:
+        if len(peer.fetched) == 1:
+            await asked_twice.wait()
+            writer.close()
+        else:
+            await sends_all(asked, writer)
+
+    async with (
+        SimulatedPeer(has_all, breaks_once) as peer,
+        running_agent(settings(peer.name), path),
+    ):
+        with SimulatedEngine(path) as engine:
+            await engine.connected()
+            loads = []
+            for number in range(2):
+                engine.prepare(f"r{number}")
+                assert await engine.lookup(f"r{number}", keys(0, 1)) == [1, 1]
+                chunk_ids = [10 * (number + 1), 10 * (number + 1) + 1]
+                loads.append(asyncio.create_task(engine.load(f"r{number}", keys(0, 1), chunk_ids)))
+                await until(lambda: peer.fetched, "the first load to ask")
+            asked_twice.set()
+            first, second = [await load for load in loads]
+            assert first.failed == {0, 1}
+            assert not second.failed
+            assert peer.fetched == [keys(0, 1), keys(0, 1)]
+
+
 async def test_engines_that_differ_exchange_nothing_and_the_log_names_the_field(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
