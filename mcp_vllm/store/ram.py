@@ -8,7 +8,7 @@ leaves after them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -68,8 +68,8 @@ class StoreSize:
 class RamStore:
     """A bounded map from `ChunkKey` to `Chunk`.
 
-    Invariant: the bytes held never exceed the budget. A chunk larger than the whole budget is not
-    kept, which `put` reports. Each of `watchers` is called with a name and whether it has come (or
+    Invariant: the bytes held never exceed the budget. A chunk that does not fit beside the pinned
+    ones is not kept, which `put` reports; pinned chunks never leave by eviction. Each of `watchers` is called with a name and whether it has come (or
     gone).
     """
 
@@ -78,6 +78,8 @@ class RamStore:
     watchers: list[Callable[[ChunkKey, bool], None]] = field(default_factory=list)
     _chunks: OrderedDict[ChunkKey, Chunk] = field(default_factory=OrderedDict)
     _raw: dict[ChunkKey, None] = field(default_factory=dict)
+    _pins: Counter[ChunkKey] = field(default_factory=Counter)
+    _pinned_bytes: int = 0
     _held_bytes: int = 0
     _raw_held_bytes: int = 0
 
@@ -109,12 +111,16 @@ class RamStore:
         if present is not None and rank(present.loss) <= rank(chunk.loss):
             self._chunks.move_to_end(name)
             return True
-        if chunk.held_bytes > self.budget_bytes:
+        if chunk.held_bytes > self.budget_bytes - self._pinned_bytes:
             return False
+        pins = self._pins.get(name, 0)
         if present is not None:
             self.discard(name)
         self._evict_until(self.budget_bytes - chunk.held_bytes)
         self._chunks[name] = chunk
+        if pins:
+            self._pins[name] = pins
+            self._pinned_bytes += chunk.held_bytes
         self._account(name, chunk, 1)
         self._tell(name, True)
         return True
@@ -129,18 +135,46 @@ class RamStore:
         """Replace the raw bytes of `chunk` by its frame; no effect if it has left meanwhile."""
         if self._chunks.get(name) is not chunk or chunk.frame is not None:
             return
+        before = chunk.held_bytes
         self._account(name, chunk, -1)
         chunk.frame, chunk.raw = frame, None
         self._account(name, chunk, 1)
+        if name in self._pins:
+            self._pinned_bytes += chunk.held_bytes - before
         # An incompressible chunk's frame exceeds its raw form by the frame header.
         self._evict_until(self.budget_bytes)
 
     def discard(self, name: ChunkKey) -> None:
         """Forget the chunk, if present (its bytes proved bad)."""
+        if name in self._pins:
+            self._drop_pins(name)
         chunk = self._chunks.pop(name, None)
         if chunk is not None:
             self._account(name, chunk, -1)
             self._tell(name, False)
+
+    def pin(self, names: Iterable[ChunkKey], max_share: float) -> bool:
+        """Keep these chunks (those that are here) until `unpin`; may be done several times.
+
+        Nothing is pinned, and the answer is False, when pinned chunks would then hold more than
+        that share of the budget.
+        """
+        wanted = [name for name in names if name in self._chunks]
+        added = {name for name in wanted if name not in self._pins}
+        added_bytes = sum(self._chunks[name].held_bytes for name in added)
+        if self._pinned_bytes + added_bytes > max_share * self.budget_bytes:
+            return False
+        self._pins.update(wanted)
+        self._pinned_bytes += added_bytes
+        return True
+
+    def unpin(self, names: Iterable[ChunkKey]) -> None:
+        """Take one pin from each of these chunks; no effect on those that are not pinned."""
+        for name in names:
+            if name in self._pins:
+                self._pins[name] -= 1
+                if not self._pins[name]:
+                    self._drop_pins(name)
 
     def next_raw(self) -> tuple[ChunkKey, Chunk] | None:
         """The chunk that has waited longest to be encoded, or None."""
@@ -160,13 +194,25 @@ class RamStore:
         assert self._held_bytes == sum(c.held_bytes for c in self._chunks.values())
         assert self._raw_held_bytes == sum(self._chunks[name].held_bytes for name in raw)
         assert self._held_bytes <= self.budget_bytes
+        assert self._pinned_bytes == sum(self._chunks[name].held_bytes for name in self._pins)
+        assert all(count > 0 for count in self._pins.values())
 
     def _evict_until(self, limit_bytes: int) -> None:
         while self._held_bytes > limit_bytes:
-            name, chunk = self._chunks.popitem(last=False)
+            name = next(iter(self._chunks))
+            if name in self._pins:
+                if self._held_bytes <= self._pinned_bytes:
+                    return
+                self._chunks.move_to_end(name)
+                continue
+            chunk = self._chunks.pop(name)
             self._account(name, chunk, -1)
             self.evictions += 1
             self._tell(name, False)
+
+    def _drop_pins(self, name: ChunkKey) -> None:
+        del self._pins[name]
+        self._pinned_bytes -= self._chunks[name].held_bytes
 
     def _tell(self, name: ChunkKey, present: bool) -> None:
         for watcher in self.watchers:
