@@ -69,8 +69,8 @@ class RamStore:
     """A bounded map from `ChunkKey` to `Chunk`.
 
     Invariant: the bytes held never exceed the budget. A chunk that does not fit beside the pinned
-    ones is not kept, which `put` reports; pinned chunks never leave by eviction. Each of `watchers` is called with a name and whether it has come (or
-    gone).
+    ones is not kept, which `put` reports; pinned chunks never leave by eviction. Each of `watchers`
+    is called with a name and whether it has come (or gone).
     """
 
     budget_bytes: int
