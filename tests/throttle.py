@@ -18,11 +18,19 @@ class Throttle:
     """
 
     def __init__(self, target: str, bytes_s: float) -> None:
-        self._host, _, port = target.rpartition(":")
-        self._port = int(port)
+        self.set_target(target)
         self.bytes_s = bytes_s
         self.address = ""
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def set_target(self, target: str) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
+
+    def cut(self) -> None:
+        """Break every connection that is open now."""
+        for task in self._tasks:
+            task.cancel()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Throttle]:
@@ -41,11 +49,18 @@ class Throttle:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        with contextlib.suppress(OSError, asyncio.CancelledError):
+        ends = [writer]
+        try:
             there = await asyncio.open_connection(self._host, self._port, limit=SLICE_BYTES)
+            ends.append(there[1])
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._forward(reader, there[1]))
                 both.create_task(self._forward(there[0], writer))
+        except (OSError, asyncio.CancelledError, ExceptionGroup):
+            pass  # either side is gone, or the cable was cut
+        finally:
+            for end in ends:
+                end.transport.abort()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         due_s = time.monotonic()
@@ -54,4 +69,4 @@ class Throttle:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             writer.write(part)
             await writer.drain()
-        writer.close()
+        writer.write_eof()

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from mcp_vllm.agent.codecs import AgentCodecs
 from mcp_vllm.agent.flights import Flights
+from mcp_vllm.agent.pins import SessionPins
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
 from mcp_vllm.session.fingerprint import Fingerprint
@@ -59,6 +60,7 @@ class AgentContext:
         self.metrics = AgentMetrics()
         self.activity = Activity()
         self.flights = Flights()
+        self.pins = SessionPins(self.store)
         self.fingerprints: dict[bytes, Fingerprint] = {}
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads

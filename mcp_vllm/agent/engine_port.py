@@ -326,7 +326,7 @@ class EnginePort:
         names = (ChunkKey(self._namespace, key) for chain in message.chains for key in chain)
         self._context.store.touch(names)
         if request.session is not None and message.chains:
-            self._context.sessions.record_turn(
+            manifest = self._context.sessions.record_turn(
                 request.session,
                 self._namespace,
                 message.chains,
@@ -334,3 +334,4 @@ class EnginePort:
                 time.time(),
                 request.loss,
             )
+            self._context.pins.grow(manifest)

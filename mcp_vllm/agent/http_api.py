@@ -14,9 +14,10 @@ from mcp_vllm.agent import peer_report, wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.sessions import Sessions
+from mcp_vllm.agent.sessions_http import SessionsHttp, session_errors
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.codec.loss import is_acceptable, rank
-from mcp_vllm.session.manifest import Manifest, SessionKey
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,17 @@ SEND_STALL_S = 30.0
 class HttpApi:
     """The routes. Owned by the agent's event loop."""
 
-    def __init__(self, context: AgentContext, encoder: Encoder, peers: Peers) -> None:
+    def __init__(
+        self, context: AgentContext, encoder: Encoder, peers: Peers, sessions: Sessions
+    ) -> None:
         self._context = context
         self._peers = peers
+        self._sessions = SessionsHttp(context, sessions)
         self._encoder = encoder
 
     def application(self) -> web.Application:
         app = web.Application(
-            client_max_size=wire.MAX_REQUEST_BYTES, middlewares=[_refuse_malformed]
+            client_max_size=wire.MAX_REQUEST_BYTES, middlewares=[_refuse_malformed, session_errors]
         )
         app.add_routes(
             [
@@ -48,8 +52,7 @@ class HttpApi:
                 web.get("/v1/peers", self._list_peers),
                 web.post("/v1/blocks/lookup", self._lookup),
                 web.post("/v1/blocks/fetch", self._fetch),
-                web.get("/v1/sessions", self._sessions),
-                web.get("/v1/sessions/{tenant}/{session_id}", self._session),
+                *self._sessions.routes(),
             ]
         )
         return app
@@ -146,27 +149,6 @@ class HttpApi:
         self._context.metrics.wire_sent_bytes.inc(len(head) + len(frame))
         self._context.metrics.sent_chunks.inc()
 
-    async def _sessions(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            {"sessions": [_summary(manifest) for manifest in self._context.sessions]}
-        )
-
-    async def _session(self, request: web.Request) -> web.Response:
-        key = SessionKey(request.match_info["tenant"], request.match_info["session_id"])
-        manifest = self._context.sessions.get(key)
-        if manifest is None:
-            raise web.HTTPNotFound(text="no such session\n")
-        return web.json_response(_summary(manifest) | self._holdings(manifest))
-
-    def _holdings(self, manifest: Manifest) -> dict[str, int]:
-        names = [ChunkKey(manifest.namespace, key) for chain in manifest.chains for key in chain]
-        held = [chunk for name in names if (chunk := self._context.store.get(name)) is not None]
-        return {
-            "held_chunks": len(held),
-            "raw_bytes": sum(chunk.raw_bytes for chunk in held),
-            "held_bytes": sum(chunk.held_bytes for chunk in held),
-        }
-
     def _fingerprints(self) -> list[dict[str, str]]:
         known = list(self._context.fingerprints.values())
         return [dict(fingerprint.fields) for fingerprint in known[-wire.MAX_FINGERPRINTS :]]
@@ -192,17 +174,3 @@ async def _refuse_malformed(request: web.Request, handler):  # type: ignore[no-u
 
 def _packed(message: msgspec.Struct) -> web.Response:
     return web.Response(body=wire.encode(message), content_type="application/msgpack")
-
-
-def _summary(manifest: Manifest) -> dict[str, object]:
-    return {
-        "tenant": manifest.key.tenant,
-        "session_id": manifest.key.session_id,
-        "namespace": manifest.namespace.hex(),
-        "num_tokens": manifest.num_tokens,
-        "num_chunks": manifest.num_chunks,
-        "turns": manifest.turns,
-        "loss": manifest.loss or "none",
-        "created_s": manifest.created_s,
-        "last_used_s": manifest.last_used_s,
-    }

@@ -18,15 +18,9 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure
-from mcp_vllm.codec import (
-    FRAME_PREFIX_SIZE,
-    ChecksumError,
-    CodecError,
-    FrameError,
-    decode_frame_into,
-    read_header,
-)
-from mcp_vllm.codec.loss import EXACT, is_acceptable, worst
+from mcp_vllm.agent.received import check_received
+from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
+from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.link.protocol import GroupLayout, Landed, Loaded, group_index
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
@@ -204,10 +198,7 @@ class LoadJob:
         frame = fetched.frame
         self._wire_bytes += len(frame)
         try:
-            header = read_header(frame[:FRAME_PREFIX_SIZE], max_raw_size=group.raw_bytes)
-            loss = worst([fetched.loss, EXACT if header.lossless else header.codec_name])
-            if not is_acceptable(loss, self.lossy):
-                raise FrameError(f"a frame of codec {header.codec_name}, which is not accepted")
+            header, loss = check_received(frame, fetched.loss, group.raw_bytes, self.lossy)
             await self._land(index, lambda out: _decode(frame, out, self.keys[index]), loss)
         except CodecError as error:
             outcome.damage = outcome.damage or error

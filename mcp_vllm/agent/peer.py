@@ -11,8 +11,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import aiohttp
+from yarl import URL
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
@@ -20,13 +22,18 @@ from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS, is_acceptable
 from mcp_vllm.errors import McpError
+from mcp_vllm.session.archive import ArchiveError, decode_manifest
 from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.session.manifest import Manifest, SessionKey
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 logger = logging.getLogger(__name__)
 
 # Of what a peer says, this much goes into a log line.
 MAX_DETAIL_CHARS = 500
+# A parked session is woken before its manifest is answered; a pull is a whole transfer.
+MANIFEST_S = 60.0
+PULL_S = 3600.0
 
 
 class PeerFailure(McpError):
@@ -158,6 +165,41 @@ class Peer:
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error, fetching=True) from error
 
+    async def manifest(self, key: SessionKey) -> tuple[Manifest, list[int]]:
+        """A session there, and the raw bytes of each of its keys. Raises PeerFailure."""
+        try:
+            async with (
+                asyncio.timeout(MANIFEST_S),
+                self._http.get(
+                    self._session_url(key, "manifest"), timeout=self._timeout, allow_redirects=False
+                ) as response,
+            ):
+                offer = wire.decode(wire.SessionOffer, await self._body(response))
+            manifest = decode_manifest(offer.manifest)
+            if manifest.key != key or len(offer.sizes) != len(manifest.chunk_keys()):
+                raise WireError("malformed", "a manifest that contradicts itself")
+        except ArchiveError as error:
+            raise self._failure(WireError("malformed", str(error))) from error
+        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+            raise self._failure(error) from error
+        return manifest, offer.sizes
+
+    async def pull(self, key: SessionKey, agent_id: str) -> wire.SessionPulled:
+        """Let the peer fetch a session from the agent of that id. Raises PeerFailure."""
+        try:
+            async with (
+                asyncio.timeout(PULL_S),
+                self._http.post(
+                    self._session_url(key, "pull"),
+                    data=wire.encode(wire.SessionPull(agent_id)),
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                ) as response,
+            ):
+                return wire.decode(wire.SessionPulled, await self._body(response))
+        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+            raise self._failure(error) from error
+
     def note_fetched(self) -> None:
         """A fetch ended well and its frames proved good."""
         self._fetch_fails = False
@@ -203,8 +245,12 @@ class Peer:
             detail = str(difference)[:MAX_DETAIL_CHARS]
             logger.warning("peer %s cannot exchange blocks with us: %s", self.name, detail)
 
-    def _url(self, path: str) -> str:
-        return f"http://{self.name}/v1/{path}"
+    def _url(self, path: str) -> URL:
+        return URL(f"http://{self.name}/v1/{path}")
+
+    def _session_url(self, key: SessionKey, operation: str) -> URL:
+        names = (quote(name, safe="") for name in (key.tenant, key.session_id))
+        return URL(f"http://{self.name}/v1/sessions/{'/'.join(names)}/{operation}", encoded=True)
 
     def _post(self, path: str, request: wire.LookupRequest | wire.FetchRequest):  # type: ignore[no-untyped-def]
         return self._http.post(

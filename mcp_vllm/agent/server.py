@@ -18,7 +18,9 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.engine_port import EnginePort, accept_engine
 from mcp_vllm.agent.http_api import HttpApi
+from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.supervisor import READY_LINE
@@ -75,7 +77,7 @@ class Agent:
         listener = self._listen_for_engines()
         self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
         runner = web.AppRunner(
-            HttpApi(self._context, self._encoder, self._peers).application(),
+            HttpApi(self._context, self._encoder, self._peers, self._sessions()).application(),
             access_log=None,
             shutdown_timeout=SHUTDOWN_GRACE_S,
         )
@@ -104,6 +106,14 @@ class Agent:
             await runner.cleanup()
             await self._peers.close()
             self._context.close()
+
+    def _sessions(self) -> Sessions:
+        folder = self._config.agent.parking_folder
+        parking = ParkingFolder(folder) if folder is not None else None
+        if parking is not None:
+            for manifest in parking.manifests():
+                self._context.sessions.put(manifest)
+        return Sessions(self._context, self._encoder, self._peers, parking)
 
     def _stdin_ready(self, stop: asyncio.Event) -> None:
         if not os.read(sys.stdin.fileno(), 4096):

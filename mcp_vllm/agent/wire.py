@@ -80,6 +80,28 @@ class FetchRequest(msgspec.Struct):
     lossy: list[str] = []
 
 
+class SessionOffer(msgspec.Struct):
+    """A session that can be fetched: its manifest, encoded, and the raw bytes of each key."""
+
+    manifest: bytes
+    sizes: list[int]
+
+
+class SessionPull(msgspec.Struct):
+    """Fetch a session from the agent of that id."""
+
+    agent_id: str
+
+
+class SessionPulled(msgspec.Struct):
+    """What that took: chunks of the session, how many of them travelled, their bytes."""
+
+    num_chunks: int
+    num_sent: int
+    raw_bytes: int
+    wire_bytes: int
+
+
 _T = TypeVar("_T")
 
 

@@ -87,6 +87,9 @@ class AgentConfig(_Section):
     max_sessions: int = Field(default=10_000, ge=1, le=10_000_000)
     """Session manifests kept; the least recently used leave first."""
 
+    parking_folder: Path | None = None
+    """Folder for parked sessions; needed to park any. They survive the agent's end."""
+
     lookup_ms: int = Field(default=50, ge=1, le=60_000)
     """How long a request may wait to learn who has its blocks; after that it is a miss."""
 

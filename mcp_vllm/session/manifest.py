@@ -7,7 +7,7 @@ event loop; no locks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -50,8 +50,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     """One session's context.
 
     `chains[g]` holds the offload keys of KV cache group g in order of position; `loss` is the worst
-    that a turn of it was given (`codec.loss`).
-    Times are seconds since the epoch, by this agent's clock.
+    that a turn of it was given (`codec.loss`). A parked session's chunks lie in a file, not in
+    memory. Times are seconds since the epoch, by this agent's clock.
     """
 
     key: SessionKey
@@ -62,11 +62,16 @@ class Manifest(msgspec.Struct, kw_only=True):
     created_s: float
     last_used_s: float
     loss: str = EXACT
+    parked: bool = False
     version: int = FORMAT_VERSION
 
     @property
     def num_chunks(self) -> int:
         return sum(len(chain) for chain in self.chains)
+
+    def chunk_keys(self) -> list[bytes]:
+        """Every key once, group by group in order of position."""
+        return list(dict.fromkeys(key for chain in self.chains for key in chain))
 
 
 class SessionRegistry:
@@ -75,6 +80,7 @@ class SessionRegistry:
     def __init__(self, max_sessions: int) -> None:
         self._max_sessions = max_sessions
         self._manifests: OrderedDict[SessionKey, Manifest] = OrderedDict()
+        self._uses: Counter[tuple[bytes, bytes]] = Counter()
 
     def __len__(self) -> int:
         return len(self._manifests)
@@ -99,7 +105,7 @@ class SessionRegistry:
 
         A chat that was edited continues on another branch: the newest chain is the session's.
         """
-        previous = self._manifests.pop(key, None)
+        previous = self._manifests.get(key)
         manifest = Manifest(
             key=key,
             namespace=namespace,
@@ -110,7 +116,31 @@ class SessionRegistry:
             last_used_s=now_s,
             loss=worst([loss, previous.loss]) if previous else loss,
         )
-        self._manifests[key] = manifest
-        while len(self._manifests) > self._max_sessions:
-            self._manifests.popitem(last=False)
+        self.put(manifest)
         return manifest
+
+    def put(self, manifest: Manifest) -> None:
+        """Keep a manifest as the most recently used, in place of an earlier one of its name."""
+        self.remove(manifest.key)
+        self._manifests[manifest.key] = manifest
+        self._uses.update(self._names(manifest))
+        while len(self._manifests) > self._max_sessions:
+            self.remove(next(iter(self._manifests)))
+
+    def remove(self, key: SessionKey) -> Manifest | None:
+        """Forget a manifest; returns it, or None when there is none."""
+        manifest = self._manifests.pop(key, None)
+        if manifest is not None:
+            for name in self._names(manifest):
+                self._uses[name] -= 1
+                if not self._uses[name]:
+                    del self._uses[name]
+        return manifest
+
+    def unused(self, namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of `keys` that no session here has in its chain."""
+        return [key for key in keys if (namespace, key) not in self._uses]
+
+    @staticmethod
+    def _names(manifest: Manifest) -> list[tuple[bytes, bytes]]:
+        return [(manifest.namespace, key) for key in manifest.chunk_keys()]

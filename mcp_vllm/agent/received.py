@@ -1,0 +1,38 @@
+"""What must hold of a frame that came from outside, before it is decoded or stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mcp_vllm.codec import (
+    FRAME_PREFIX_SIZE,
+    FrameError,
+    FrameHeader,
+    decode_frame_into,
+    read_header,
+)
+from mcp_vllm.codec.loss import EXACT, is_acceptable, worst
+
+
+def check_received(
+    frame: bytes, loss_before: str, max_raw_bytes: int, lossy: Sequence[str]
+) -> tuple[FrameHeader, str]:
+    """The frame's header, and the loss of what it decodes to.
+
+    Raises:
+        CodecError: it is no frame, too large, or of a tier that is not among `lossy`.
+    """
+    header = read_header(frame[:FRAME_PREFIX_SIZE], max_raw_size=max_raw_bytes)
+    loss = worst([loss_before, EXACT if header.lossless else header.codec_name])
+    if not is_acceptable(loss, lossy):
+        raise FrameError(f"a chunk that went through codec {loss}, which is not accepted")
+    return header, loss
+
+
+def verify(key: bytes, frame: bytes, raw_bytes: int) -> None:
+    """Decode a frame and throw the result away; codec work, so run it in the pool.
+
+    Raises:
+        CodecError: it does not decode to what it says.
+    """
+    decode_frame_into(frame, memoryview(bytearray(raw_bytes)), key=key)

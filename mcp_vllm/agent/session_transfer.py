@@ -1,0 +1,128 @@
+"""Bringing whole sessions from a peer: what is missing here travels, resumed where it stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from mcp_vllm.agent import wire
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure
+from mcp_vllm.agent.received import check_received, verify
+from mcp_vllm.codec import CodecError
+from mcp_vllm.codec.loss import is_acceptable
+from mcp_vllm.errors import McpError
+from mcp_vllm.session.manifest import Manifest
+from mcp_vllm.store.ram import Chunk, ChunkKey
+
+ATTEMPTS = 4
+FIRST_PAUSE_S = 0.2
+# A chunk is at most this large; peers claim sizes before anything is read.
+MAX_CHUNK_BYTES = 256 << 20
+
+
+class TransferError(McpError):
+    """A session did not come over whole."""
+
+
+class SessionTransfer:
+    """One session's way from `peer` to here.
+
+    Args:
+        sizes: raw bytes of each of the manifest's keys, by the peer's word.
+    """
+
+    def __init__(
+        self, context: AgentContext, peer: Peer, manifest: Manifest, sizes: Sequence[int]
+    ) -> None:
+        self._context = context
+        self._peer = peer
+        self._manifest = manifest
+        self._sizes = dict(zip(manifest.chunk_keys(), sizes, strict=True))
+        self._lossy = context.config.codec.lossy_for(manifest.key.tenant, salted=False)
+        self._report = wire.SessionPulled(len(self._sizes), 0, 0, 0)
+
+    async def run(self) -> wire.SessionPulled:
+        """Fetch what is missing until all is here.
+
+        Raises:
+            TransferError: it is not, after several attempts; what came stays.
+        """
+        self._check()
+        pause_s = FIRST_PAUSE_S
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+            try:
+                await self._fetch_missing()
+            except PeerFailure as failure:
+                last = str(failure)
+            else:
+                last = "chunks are gone there, or do not fit into the memory here"
+            missing = self._missing()
+            if not missing:
+                return self._report
+        raise TransferError(f"{len(missing)} of {len(self._sizes)} chunks did not arrive: {last}")
+
+    def _check(self) -> None:
+        if not is_acceptable(self._manifest.loss, self._lossy):
+            raise TransferError(
+                f"the session went through codec {self._manifest.loss}, which is not allowed here "
+                "(codec.lossy)"
+            )
+        if any(not 0 < size <= MAX_CHUNK_BYTES for size in self._sizes.values()):
+            raise TransferError("the peer claims chunks of impossible size")
+
+    def _missing(self) -> list[bytes]:
+        return [key for key in self._sizes if self._is_missing(key)]
+
+    def _is_missing(self, key: bytes) -> bool:
+        held = self._context.store.get(self._name(key))
+        return held is None or not is_acceptable(held.loss, self._lossy)
+
+    async def _fetch_missing(self) -> None:
+        names = [self._name(key) for key in self._missing()]
+        with self._context.flights.claim(names) as claimed:
+            wanted = [name.key for name in claimed]
+            while wanted:
+                codec, count = self._next_request(wanted)
+                asked, wanted = wanted[:count], wanted[count:]
+                bounds = [self._sizes[key] + wire.FRAME_SLACK_BYTES for key in asked]
+                frames = self._peer.fetch(
+                    self._manifest.namespace, asked, bounds, codec, self._lossy
+                )
+                async with contextlib.aclosing(frames):
+                    async for fetched in frames:
+                        await self._keep(asked[fetched.index], fetched)
+                self._peer.note_fetched()
+        for name in set(names) - set(claimed):
+            await self._context.flights.wait(name)
+
+    def _next_request(self, wanted: Sequence[bytes]) -> tuple[str, int]:
+        context = self._context
+        return self._peer.plan.next_request(
+            [self._sizes[key] for key in wanted],
+            context.codecs.acceptable(self._lossy),
+            context.codecs.speeds,
+            context.codec_threads,
+        )
+
+    async def _keep(self, key: bytes, fetched: FetchedFrame) -> None:
+        """Verify and store a frame. Raises PeerFailure when it is not what it should be."""
+        size = self._sizes[key]
+        try:
+            header, loss = check_received(fetched.frame, fetched.loss, size, self._lossy)
+            await self._context.in_pool(verify, key, fetched.frame, size)
+        except CodecError as error:
+            self._peer.note_failure("malformed", str(error), fetching=True)
+            raise PeerFailure("malformed", f"peer {self._peer.name}: {error}") from error
+        chunk = Chunk(header.layout, size, frame=fetched.frame, loss=loss)
+        self._context.store.put(self._name(key), chunk)
+        self._report.num_sent += 1
+        self._report.raw_bytes += size
+        self._report.wire_bytes += len(fetched.frame)
+
+    def _name(self, key: bytes) -> ChunkKey:
+        return ChunkKey(self._manifest.namespace, key)

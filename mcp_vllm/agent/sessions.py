@@ -1,0 +1,343 @@
+"""What can be done with a session: copy, move, fork, pin, park, export, import, delete, drain.
+
+All of it works on manifests and chunks of this agent's store; between agents the receiver pulls.
+Errors are `SessionError`s, which the HTTP interface turns into answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.encoder import Encoder
+from mcp_vllm.agent.parking import ParkingFolder
+from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.received import check_received, verify
+from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
+from mcp_vllm.agent.wire import SessionPulled
+from mcp_vllm.codec import CodecError
+from mcp_vllm.errors import McpError
+from mcp_vllm.session.archive import (
+    MAX_FRAME_BYTES,
+    ArchivedFrame,
+    ArchiveError,
+    ArchiveReader,
+    ArchiveWriter,
+)
+from mcp_vllm.session.manifest import Manifest, SessionKey, checked_name
+from mcp_vllm.store.ram import Chunk, ChunkKey
+
+logger = logging.getLogger(__name__)
+
+# A session that is used while it moves is copied again, this often; then the move is given up.
+MOVE_ROUNDS = 3
+
+
+class SessionError(McpError):
+    """An operation that cannot be done; `status` is the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class DrainStep(msgspec.Struct):
+    """One session of a drain: where it went, or why it stays."""
+
+    tenant: str
+    session_id: str
+    done: int
+    total: int
+    to: str = ""
+    error: str = ""
+
+
+class Sessions:
+    """One per agent, owned by its event loop."""
+
+    def __init__(
+        self, context: AgentContext, encoder: Encoder, peers: Peers, parking: ParkingFolder | None
+    ) -> None:
+        self._context = context
+        self._encoder = encoder
+        self._peers = peers
+        self._parking = parking
+        self._locks: WeakValueDictionary[SessionKey, asyncio.Lock] = WeakValueDictionary()
+
+    # ---- looking ----------------------------------------------------------------------------
+
+    def get(self, key: SessionKey) -> Manifest:
+        """Raises SessionError(404)."""
+        manifest = self._context.sessions.get(key)
+        if manifest is None:
+            raise SessionError(404, "no such session")
+        return manifest
+
+    def held(self, manifest: Manifest) -> dict[bytes, Chunk]:
+        """The session's chunks that are in memory, by key."""
+        store = self._context.store
+        chunks = {
+            key: store.get(ChunkKey(manifest.namespace, key)) for key in manifest.chunk_keys()
+        }
+        return {key: chunk for key, chunk in chunks.items() if chunk is not None}
+
+    def sizes(self, manifest: Manifest) -> list[int]:
+        """Raw bytes of each of the manifest's keys.
+
+        Raises:
+            SessionError: 409, some of its chunks are not here (any more).
+        """
+        held = self.held(manifest)
+        missing = len(manifest.chunk_keys()) - len(held)
+        if missing:
+            raise SessionError(409, f"{missing} of the session's chunks are not in memory here")
+        return [chunk.raw_bytes for chunk in held.values()]
+
+    # ---- on this host -----------------------------------------------------------------------
+
+    def fork(self, key: SessionKey, new_id: str) -> Manifest:
+        """The same context under another name; no chunk is copied."""
+        source = self.get(key)
+        target = SessionKey(key.tenant, checked_name("session id", new_id))
+        if self._context.sessions.get(target) is not None:
+            raise SessionError(409, f"session {new_id} exists already")
+        if source.parked:
+            raise SessionError(409, "the session is parked: wake it first")
+        now_s = time.time()
+        forked = msgspec.structs.replace(source, key=target, created_s=now_s, last_used_s=now_s)
+        self._context.sessions.put(forked)
+        return forked
+
+    def pin(self, key: SessionKey, ttl_s: float) -> None:
+        if not self._context.pins.pin(self.get(key), ttl_s):
+            raise SessionError(507, "pinned sessions would hold more than half of the memory")
+
+    def unpin(self, key: SessionKey) -> None:
+        self.get(key)
+        self._context.pins.unpin(key)
+
+    def delete(self, key: SessionKey) -> None:
+        """Forget the session and the chunks that no other session has."""
+        manifest = self.get(key)
+        if manifest.parked and self._parking is not None:
+            self._parking.remove(key)
+        self._release(manifest)
+
+    def _release(self, manifest: Manifest) -> None:
+        self._context.pins.unpin(manifest.key)
+        self._context.sessions.remove(manifest.key)
+        self._drop_unused(manifest)
+
+    def _drop_unused(self, manifest: Manifest) -> None:
+        for key in self._context.sessions.unused(manifest.namespace, manifest.chunk_keys()):
+            self._context.store.discard(ChunkKey(manifest.namespace, key))
+
+    # ---- to and from files ------------------------------------------------------------------
+
+    async def export(self, key: SessionKey) -> AsyncIterator[bytes]:
+        """The session as an archive, piece by piece.
+
+        Raises:
+            SessionError: before the first piece, where it is not whole here.
+        """
+        manifest = self.get(key)
+        if manifest.parked:
+            await self.wake(key)
+            manifest = self.get(key)
+        self.sizes(manifest)
+        chunks = self.held(manifest)
+        writer = ArchiveWriter()
+        yield writer.start(manifest)
+        for chunk_key, chunk in chunks.items():
+            name = ChunkKey(manifest.namespace, chunk_key)
+            frame = await self._encoder.frame(name, chunk)
+            for piece in writer.add(ArchivedFrame(frame, chunk.loss)):
+                yield piece
+        yield writer.end()
+
+    async def import_archive(
+        self, pieces: AsyncIterator[bytes], owner: SessionKey | None = None
+    ) -> Manifest:
+        """Take over a session from an archive, as `owner` or under its own name.
+
+        Chunks are verified and kept as they come; the session appears when the archive has proved
+        whole. Raises SessionError: 400 for a bad archive, 409 when the session is here already, 507
+        when it does not fit.
+        """
+        reader = ArchiveReader()
+        arrived: set[bytes] = set()
+        try:
+            async for piece in pieces:
+                for archived in reader.feed(piece):
+                    arrived.add(await self._keep(reader, archived, owner))
+            reader.close()
+        except (ArchiveError, CodecError) as error:
+            raise SessionError(400, str(error)) from error
+        manifest = reader.manifest
+        assert manifest is not None
+        manifest = msgspec.structs.replace(manifest, key=owner or manifest.key, parked=False)
+        if set(manifest.chunk_keys()) - arrived:
+            raise SessionError(400, "the archive lacks chunks that its manifest names")
+        present = self._context.sessions.get(manifest.key)
+        if present is not None and not present.parked:
+            raise SessionError(409, f"session {manifest.key.session_id} exists already")
+        self._check_whole(manifest)
+        self._appear(manifest)
+        return manifest
+
+    async def _keep(
+        self, reader: ArchiveReader, archived: ArchivedFrame, owner: SessionKey | None
+    ) -> bytes:
+        """Verify and store one chunk of an archive; returns its key."""
+        manifest = reader.manifest
+        assert manifest is not None
+        tenant = (owner or manifest.key).tenant
+        lossy = self._context.config.codec.lossy_for(tenant, salted=False)
+        frame = archived.frame
+        header, loss = check_received(frame, archived.loss, MAX_FRAME_BYTES, lossy)
+        await self._context.in_pool(verify, header.key, frame, header.raw_size)
+        chunk = Chunk(header.layout, header.raw_size, frame=frame, loss=loss)
+        self._context.store.put(ChunkKey(manifest.namespace, header.key), chunk)
+        return header.key
+
+    def _check_whole(self, manifest: Manifest) -> None:
+        missing = len(manifest.chunk_keys()) - len(self.held(manifest))
+        if missing:
+            raise SessionError(507, f"{missing} of the session's chunks do not fit into the memory")
+
+    async def park(self, key: SessionKey) -> None:
+        """Write the session to the parking folder and free its memory."""
+        if self._parking is None:
+            raise SessionError(409, "no folder to park sessions in: set agent.parking_folder")
+        async with self._lock(key):
+            manifest = self.get(key)
+            if manifest.parked:
+                return
+            await self._parking.write(key, self.export(key))
+            if self._context.sessions.get(key) is not manifest:
+                self._parking.remove(key)
+                raise SessionError(409, "the session was used while it was being parked")
+            self._context.pins.unpin(key)
+            self._context.sessions.put(msgspec.structs.replace(manifest, parked=True, chains=[]))
+            self._drop_unused(manifest)
+
+    async def wake(self, key: SessionKey) -> Manifest:
+        """Bring a parked session back into memory."""
+        async with self._lock(key):
+            manifest = self.get(key)
+            if not manifest.parked:
+                return manifest
+            assert self._parking is not None
+            woken = await self.import_archive(self._parking.read(key), owner=key)
+            self._parking.remove(key)
+            return woken
+
+    # ---- between agents ---------------------------------------------------------------------
+
+    async def pull(self, key: SessionKey, agent_id: str) -> SessionPulled:
+        """Fetch the session from the configured peer with that id; it appears once it is whole."""
+        return await self._pull(key, await self._peer_with_id(agent_id))
+
+    async def prefetch(self, key: SessionKey) -> SessionPulled:
+        """Fetch the session from whichever peer has it."""
+        causes = []
+        for peer in self._peers:
+            try:
+                return await self._pull(key, peer)
+            except (PeerFailure, SessionError) as error:
+                causes.append(str(error))
+        raise SessionError(404, f"no peer gave the session: {'; '.join(causes) or 'none there'}")
+
+    async def _pull(self, key: SessionKey, peer: Peer) -> SessionPulled:
+        async with self._lock(key):
+            try:
+                manifest, sizes = await peer.manifest(key)
+                report = await SessionTransfer(self._context, peer, manifest, sizes).run()
+            except (PeerFailure, TransferError) as error:
+                raise SessionError(502, str(error)) from error
+            self._appear(msgspec.structs.replace(manifest, parked=False))
+            return report
+
+    async def copy(self, key: SessionKey, to: str) -> SessionPulled:
+        """Let the peer `to` ("HOST:PORT") fetch the session from here."""
+        manifest = self.get(key)
+        if manifest.parked:
+            await self.wake(key)
+        self.sizes(self.get(key))
+        try:
+            return await self._peer_named(to).pull(key, self._context.agent_id)
+        except PeerFailure as failure:
+            raise SessionError(502, str(failure)) from failure
+
+    async def move(self, key: SessionKey, to: str) -> SessionPulled:
+        """Copy, then release here. What was used meanwhile is copied again first."""
+        total = SessionPulled(0, 0, 0, 0)
+        for _ in range(MOVE_ROUNDS):
+            before = self.get(key)
+            report = await self.copy(key, to)
+            total.num_chunks = report.num_chunks
+            total.num_sent += report.num_sent
+            total.raw_bytes += report.raw_bytes
+            total.wire_bytes += report.wire_bytes
+            present = self.get(key)
+            if present.turns == before.turns and present.chains == before.chains:
+                self._release(present)
+                return total
+        raise SessionError(409, "the session is in use: it was copied, and stays here too")
+
+    async def drain(self) -> AsyncIterator[DrainStep]:
+        """Move every session to the peers in turn, one after the other."""
+        keys = [manifest.key for manifest in self._context.sessions]
+        targets = [peer.name for peer in self._peers]
+        if not targets:
+            raise SessionError(409, "there are no peers to move sessions to")
+        for done, key in enumerate(keys, start=1):
+            step = DrainStep(key.tenant, key.session_id, done, len(keys))
+            for offset in range(len(targets)):
+                to = targets[(done + offset) % len(targets)]
+                try:
+                    await self.move(key, to)
+                except SessionError as error:
+                    step.error = str(error)
+                else:
+                    step.to, step.error = to, ""
+                    break
+            yield step
+
+    # ---- our own ----------------------------------------------------------------------------
+
+    def _appear(self, manifest: Manifest) -> None:
+        """A session that came from elsewhere is here now; its parents are younger than children."""
+        for chain in manifest.chains:
+            self._context.store.touch(ChunkKey(manifest.namespace, key) for key in chain)
+        self._context.sessions.put(manifest)
+
+    def _lock(self, key: SessionKey) -> asyncio.Lock:
+        """One of the long operations at a time for a session; forgotten when nobody uses it."""
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
+
+    def _peer_named(self, name: str) -> Peer:
+        for peer in self._peers:
+            if peer.name == name:
+                return peer
+        known = ", ".join(peer.name for peer in self._peers) or "none"
+        raise SessionError(404, f"{name} is not one of this agent's peers ({known})")
+
+    async def _peer_with_id(self, agent_id: str) -> Peer:
+        for peer in self._peers:
+            try:
+                if (await peer.hello()).agent_id == agent_id:
+                    return peer
+            except PeerFailure:
+                continue
+        raise SessionError(403, f"agent {agent_id} is not one of this agent's peers")

@@ -1,0 +1,246 @@
+"""The session API: `/v1/sessions/...` and `/v1/drain` (docs/api.md). Bodies and answers are JSON;
+archives and the steps of a drain are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from mcp_vllm.agent import wire
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.sessions import SessionError, Sessions
+from mcp_vllm.session.archive import encode_manifest
+from mcp_vllm.session.manifest import (
+    MAX_NAME_CHARS,
+    Manifest,
+    SessionKey,
+    SessionNameError,
+    checked_name,
+)
+
+MAX_TTL_S = 365 * 24 * 3600.0
+MAX_BODY_BYTES = 64 << 10
+ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+class TransferRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`to`: one of this agent's peers, "HOST:PORT" as configured."""
+
+    to: _Name
+
+
+class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
+    new_id: _Name
+
+
+class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
+    ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TTL_S)]
+
+
+class SessionSummary(msgspec.Struct):
+    """A session as the API shows it. Sizes in bytes; times in seconds since the epoch.
+
+    Attributes:
+        loss: "none", or the worst lossy tier that it went through.
+        num_chunks: of its chain, `held_chunks` of which are in memory here.
+        raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
+        pinned_until_s: None when it is not pinned.
+    """
+
+    tenant: str
+    session_id: str
+    namespace: str
+    num_tokens: int
+    turns: int
+    loss: str
+    parked: bool
+    created_s: float
+    last_used_s: float
+    num_chunks: int
+    held_chunks: int
+    raw_bytes: int
+    held_bytes: int
+    pinned_until_s: float | None
+
+
+class SessionList(msgspec.Struct):
+    sessions: list[SessionSummary]
+
+
+class SessionsHttp:
+    """The routes. Owned by the agent's event loop."""
+
+    def __init__(self, context: AgentContext, sessions: Sessions) -> None:
+        self._context = context
+        self._sessions = sessions
+
+    def routes(self) -> list[web.RouteDef]:
+        one = "/v1/sessions/{tenant}/{session_id}"
+        return [
+            web.get("/v1/sessions", self._list),
+            web.post("/v1/sessions/import", self._import),
+            web.get(one, self._show),
+            web.delete(one, self._delete),
+            web.get(f"{one}/manifest", self._manifest),
+            web.get(f"{one}/export", self._export),
+            web.post(f"{one}/copy", self._copy),
+            web.post(f"{one}/move", self._move),
+            web.post(f"{one}/pull", self._pull),
+            web.post(f"{one}/prefetch", self._prefetch),
+            web.post(f"{one}/fork", self._fork),
+            web.post(f"{one}/pin", self._pin),
+            web.post(f"{one}/unpin", self._unpin),
+            web.post(f"{one}/park", self._park),
+            web.post(f"{one}/wake", self._wake),
+            web.post("/v1/drain", self._drain),
+        ]
+
+    async def _list(self, request: web.Request) -> web.Response:
+        return _json(SessionList([self._summary(each) for each in self._context.sessions]))
+
+    async def _show(self, request: web.Request) -> web.Response:
+        return self._answer(self._sessions.get(_key(request)))
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        self._sessions.delete(_key(request))
+        return web.Response(status=204)
+
+    async def _manifest(self, request: web.Request) -> web.Response:
+        key = _key(request)
+        manifest = await self._sessions.wake(key)
+        offer = wire.SessionOffer(encode_manifest(manifest), self._sessions.sizes(manifest))
+        return web.Response(body=wire.encode(offer), content_type="application/msgpack")
+
+    async def _export(self, request: web.Request) -> web.StreamResponse:
+        return await _stream(request, self._sessions.export(_key(request)), ARCHIVE_TYPE)
+
+    async def _import(self, request: web.Request) -> web.Response:
+        owner = None
+        if {"tenant", "session_id"} <= set(request.query):
+            owner = _checked(request.query["tenant"], request.query["session_id"])
+        pieces = request.content.iter_any()
+        return self._answer(await self._sessions.import_archive(aiter(pieces), owner))
+
+    async def _copy(self, request: web.Request) -> web.Response:
+        asked = await _body(request, TransferRequest)
+        return _json(await self._sessions.copy(_key(request), asked.to))
+
+    async def _move(self, request: web.Request) -> web.Response:
+        asked = await _body(request, TransferRequest)
+        return _json(await self._sessions.move(_key(request), asked.to))
+
+    async def _pull(self, request: web.Request) -> web.Response:
+        asked = wire.decode(wire.SessionPull, await request.read())
+        pulled = await self._sessions.pull(_key(request), asked.agent_id)
+        return web.Response(body=wire.encode(pulled), content_type="application/msgpack")
+
+    async def _prefetch(self, request: web.Request) -> web.Response:
+        return _json(await self._sessions.prefetch(_key(request)))
+
+    async def _fork(self, request: web.Request) -> web.Response:
+        asked = await _body(request, ForkRequest)
+        return self._answer(self._sessions.fork(_key(request), asked.new_id))
+
+    async def _pin(self, request: web.Request) -> web.Response:
+        asked = await _body(request, PinRequest)
+        return await self._after(request, lambda key: self._sessions.pin(key, asked.ttl_s))
+
+    async def _unpin(self, request: web.Request) -> web.Response:
+        return await self._after(request, self._sessions.unpin)
+
+    async def _park(self, request: web.Request) -> web.Response:
+        await self._sessions.park(_key(request))
+        return self._answer(self._sessions.get(_key(request)))
+
+    async def _wake(self, request: web.Request) -> web.Response:
+        return self._answer(await self._sessions.wake(_key(request)))
+
+    async def _drain(self, request: web.Request) -> web.StreamResponse:
+        async def lines() -> AsyncIterator[bytes]:
+            async for step in self._sessions.drain():
+                yield msgspec.json.encode(step) + b"\n"
+
+        return await _stream(request, lines(), "application/x-ndjson")
+
+    async def _after(
+        self, request: web.Request, operation: Callable[[SessionKey], None]
+    ) -> web.Response:
+        key = _key(request)
+        operation(key)
+        return self._answer(self._sessions.get(key))
+
+    def _answer(self, manifest: Manifest) -> web.Response:
+        return _json(self._summary(manifest))
+
+    def _summary(self, manifest: Manifest) -> SessionSummary:
+        held = self._sessions.held(manifest).values()
+        return SessionSummary(
+            tenant=manifest.key.tenant,
+            session_id=manifest.key.session_id,
+            namespace=manifest.namespace.hex(),
+            num_tokens=manifest.num_tokens,
+            turns=manifest.turns,
+            loss=manifest.loss or "none",
+            parked=manifest.parked,
+            created_s=manifest.created_s,
+            last_used_s=manifest.last_used_s,
+            num_chunks=manifest.num_chunks,
+            held_chunks=len(held),
+            raw_bytes=sum(chunk.raw_bytes for chunk in held),
+            held_bytes=sum(chunk.held_bytes for chunk in held),
+            pinned_until_s=self._context.pins.until_s(manifest.key),
+        )
+
+
+@web.middleware
+async def session_errors(request: web.Request, handler):  # type: ignore[no-untyped-def]
+    """Turn a SessionError into an answer."""
+    try:
+        return await handler(request)
+    except SessionError as error:
+        return web.json_response({"error": str(error)}, status=error.status)
+
+
+def _key(request: web.Request) -> SessionKey:
+    return _checked(request.match_info["tenant"], request.match_info["session_id"])
+
+
+def _checked(tenant: str, session_id: str) -> SessionKey:
+    try:
+        return SessionKey(checked_name("tenant", tenant), checked_name("session id", session_id))
+    except SessionNameError as error:
+        raise SessionError(400, str(error)) from error
+
+
+async def _body(request: web.Request, kind: type[_Struct]) -> _Struct:
+    body = await request.read()
+    if len(body) > MAX_BODY_BYTES:
+        raise SessionError(413, f"a body of {len(body)} bytes is too large")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise SessionError(400, f"{kind.__name__}: {error}") from error
+
+
+def _json(answer: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+async def _stream(
+    request: web.Request, pieces: AsyncIterator[bytes], content_type: str
+) -> web.StreamResponse:
+    """Send the pieces; what fails before the first one is an ordinary error."""
+    first = await anext(pieces, b"")
+    response = web.StreamResponse(headers={"Content-Type": content_type})
+    await response.prepare(request)
+    await response.write(first)
+    async for piece in pieces:
+        await response.write(piece)
+    await response.write_eof()
+    return response
