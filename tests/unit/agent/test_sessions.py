@@ -123,12 +123,14 @@ async def test_a_transfer_that_breaks_is_taken_up_where_it_stopped(tmp_path):
 
 
 async def test_a_peer_that_is_gone_costs_nothing_of_the_session(tmp_path):
-    async with running_agent(settings("127.0.0.1:9"), tmp_path / "a.sock") as a:
-        async with engine_with_session(a, tmp_path):
-            status, answer = await call(a, "POST", f"{ALICE}/move", {"to": "127.0.0.1:9"})
-            assert status == 502
-            assert "127.0.0.1:9" in answer["error"]
-            assert (await call(a, "GET", ALICE))[1]["held_chunks"] == 4
+    async with (
+        running_agent(settings("127.0.0.1:9"), tmp_path / "a.sock") as a,
+        engine_with_session(a, tmp_path),
+    ):
+        status, answer = await call(a, "POST", f"{ALICE}/move", {"to": "127.0.0.1:9"})
+        assert status == 502
+        assert "127.0.0.1:9" in answer["error"]
+        assert (await call(a, "GET", ALICE))[1]["held_chunks"] == 4
 
 
 async def test_an_agent_that_is_no_peer_is_not_pulled_from(tmp_path):
@@ -141,38 +143,42 @@ async def test_an_agent_that_is_no_peer_is_not_pulled_from(tmp_path):
 
 
 async def test_a_fork_shares_every_chunk_and_lives_on_without_its_origin(tmp_path):
-    async with running_agent(settings(), tmp_path / "a.sock") as agent:
-        async with engine_with_session(agent, tmp_path):
-            held = num_held(agent)
-            status, forked = await call(agent, "POST", f"{ALICE}/fork", {"new_id": "bob"})
-            assert (status, forked["session_id"], num_held(agent)) == (200, "bob", held)
-            assert (await call(agent, "POST", f"{ALICE}/fork", {"new_id": "bob"}))[0] == 409
-            assert (await call(agent, "DELETE", ALICE))[0] == 204
-            assert num_held(agent) == held
-            assert (await call(agent, "GET", "/v1/sessions/default/bob"))[1]["held_chunks"] == 4
-            await call(agent, "DELETE", "/v1/sessions/default/bob")
-            assert num_held(agent) == 0
-            agent._context.store.check_integrity()
+    async with (
+        running_agent(settings(), tmp_path / "a.sock") as agent,
+        engine_with_session(agent, tmp_path),
+    ):
+        held = num_held(agent)
+        status, forked = await call(agent, "POST", f"{ALICE}/fork", {"new_id": "bob"})
+        assert (status, forked["session_id"], num_held(agent)) == (200, "bob", held)
+        assert (await call(agent, "POST", f"{ALICE}/fork", {"new_id": "bob"}))[0] == 409
+        assert (await call(agent, "DELETE", ALICE))[0] == 204
+        assert num_held(agent) == held
+        assert (await call(agent, "GET", "/v1/sessions/default/bob"))[1]["held_chunks"] == 4
+        await call(agent, "DELETE", "/v1/sessions/default/bob")
+        assert num_held(agent) == 0
+        agent._context.store.check_integrity()
 
 
 async def test_a_pinned_session_outlives_everything_else_until_its_time(tmp_path):
-    async with running_agent(settings(ram_bytes=1 << 20), tmp_path / "a.sock") as agent:
-        async with engine_with_session(agent, tmp_path) as engine:
-            assert (await call(agent, "POST", f"{ALICE}/pin", {"ttl_s": 3600}))[0] == 200
-            for number in range(100, 300):
-                engine.fill(5, number)
-                await engine.store(keys(number), [5])
-            _, shown = await call(agent, "GET", ALICE)
-            assert shown["held_chunks"] == 4
-            assert shown["pinned_until_s"] > shown["last_used_s"] + 3000
-            assert (await call(agent, "POST", f"{ALICE}/pin", {"ttl_s": 0.01}))[0] == 200
-            name = ChunkKey(next(iter(agent._context.fingerprints)), NAMES[0])
-            await until(lambda: name not in agent._context.store._pins, "the pin's end")
-            for number in range(300, 500):
-                engine.fill(5, number)
-                await engine.store(keys(number), [5])
-            assert (await call(agent, "GET", ALICE))[1]["held_chunks"] == 0
-            agent._context.store.check_integrity()
+    async with (
+        running_agent(settings(ram_bytes=1 << 20), tmp_path / "a.sock") as agent,
+        engine_with_session(agent, tmp_path) as engine,
+    ):
+        assert (await call(agent, "POST", f"{ALICE}/pin", {"ttl_s": 3600}))[0] == 200
+        for number in range(100, 300):
+            engine.fill(5, number)
+            await engine.store(keys(number), [5])
+        _, shown = await call(agent, "GET", ALICE)
+        assert shown["held_chunks"] == 4
+        assert shown["pinned_until_s"] > shown["last_used_s"] + 3000
+        assert (await call(agent, "POST", f"{ALICE}/pin", {"ttl_s": 0.01}))[0] == 200
+        name = ChunkKey(next(iter(agent._context.fingerprints)), NAMES[0])
+        await until(lambda: name not in agent._context.store._pins, "the pin's end")
+        for number in range(300, 500):
+            engine.fill(5, number)
+            await engine.store(keys(number), [5])
+        assert (await call(agent, "GET", ALICE))[1]["held_chunks"] == 0
+        agent._context.store.check_integrity()
 
 
 async def test_what_would_fill_the_memory_cannot_be_pinned(tmp_path):
@@ -216,32 +222,36 @@ async def test_an_exported_session_is_imported_elsewhere_under_any_name(tmp_path
 async def test_a_parked_session_needs_no_memory_and_survives_a_restart(tmp_path):
     folder = tmp_path / "parked"
     config = settings(parking_folder=str(folder))
-    async with running_agent(config, tmp_path / "a.sock") as agent:
-        async with engine_with_session(agent, tmp_path) as source:
-            status, parked = await call(agent, "POST", f"{ALICE}/park")
-            assert (status, parked["parked"], num_held(agent)) == (200, True, 0)
-            assert len(list(folder.iterdir())) == 1
-            (folder / "half.part").write_bytes(b"half")
-            (folder / "other.mcps").write_bytes(b"MCPS\x01 damaged")
-            payloads = source
-            async with running_agent(config, tmp_path / "b.sock") as again:
-                assert not (folder / "half.part").exists()
-                (known,) = (await call(again, "GET", "/v1/sessions"))[1]["sessions"]
-                assert (known["session_id"], known["parked"]) == ("alice", True)
-                status, woken = await call(again, "POST", f"{ALICE}/wake")
-                assert (status, woken["parked"], woken["held_chunks"]) == (200, False, 4)
-                assert not list(folder.glob("[!o]*.mcps"))
-                with SimulatedEngine(tmp_path / "b.sock") as there:
-                    await there.connected()
-                    await loads_everything(there, payloads)
+    async with (
+        running_agent(config, tmp_path / "a.sock") as agent,
+        engine_with_session(agent, tmp_path) as source,
+    ):
+        status, parked = await call(agent, "POST", f"{ALICE}/park")
+        assert (status, parked["parked"], num_held(agent)) == (200, True, 0)
+        assert len(list(folder.iterdir())) == 1
+        (folder / "half.part").write_bytes(b"half")
+        (folder / "other.mcps").write_bytes(b"MCPS\x01 damaged")
+        payloads = source
+        async with running_agent(config, tmp_path / "b.sock") as again:
+            assert not (folder / "half.part").exists()
+            (known,) = (await call(again, "GET", "/v1/sessions"))[1]["sessions"]
+            assert (known["session_id"], known["parked"]) == ("alice", True)
+            status, woken = await call(again, "POST", f"{ALICE}/wake")
+            assert (status, woken["parked"], woken["held_chunks"]) == (200, False, 4)
+            assert not list(folder.glob("[!o]*.mcps"))
+            with SimulatedEngine(tmp_path / "b.sock") as there:
+                await there.connected()
+                await loads_everything(there, payloads)
 
 
 async def test_parking_needs_a_folder(tmp_path):
-    async with running_agent(settings(), tmp_path / "a.sock") as agent:
-        async with engine_with_session(agent, tmp_path):
-            status, answer = await call(agent, "POST", f"{ALICE}/park")
-            assert status == 409
-            assert "agent.parking_folder" in answer["error"]
+    async with (
+        running_agent(settings(), tmp_path / "a.sock") as agent,
+        engine_with_session(agent, tmp_path),
+    ):
+        status, answer = await call(agent, "POST", f"{ALICE}/park")
+        assert status == 409
+        assert "agent.parking_folder" in answer["error"]
 
 
 async def test_a_session_can_be_fetched_before_its_request_comes(tmp_path):
@@ -280,9 +290,11 @@ async def test_a_drained_agent_has_nothing_left(tmp_path):
     ],
 )
 async def test_what_cannot_be_done_is_said(tmp_path, method, path, body, status):
-    async with running_agent(settings(), tmp_path / "a.sock") as agent:
-        async with engine_with_session(agent, tmp_path):
-            answered, answer = await call(agent, method, path, body)
-            assert answered == status, answer
-            assert answer["error"]
-            assert num_held(agent) == 4
+    async with (
+        running_agent(settings(), tmp_path / "a.sock") as agent,
+        engine_with_session(agent, tmp_path),
+    ):
+        answered, answer = await call(agent, method, path, body)
+        assert answered == status, answer
+        assert answer["error"]
+        assert num_held(agent) == 4
