@@ -22,6 +22,7 @@ from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS, is_acceptable
 from mcp_vllm.errors import McpError
+from mcp_vllm.session.api import Transfer
 from mcp_vllm.session.archive import ArchiveError, decode_manifest
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.manifest import Manifest, SessionKey
@@ -184,7 +185,7 @@ class Peer:
             raise self._failure(error) from error
         return manifest, offer.sizes
 
-    async def pull(self, key: SessionKey, agent_id: str) -> wire.SessionPulled:
+    async def pull(self, key: SessionKey, agent_id: str) -> Transfer:
         """Let the peer fetch a session from the agent of that id. Raises PeerFailure."""
         try:
             async with (
@@ -196,7 +197,7 @@ class Peer:
                     allow_redirects=False,
                 ) as response,
             ):
-                return wire.decode(wire.SessionPulled, await self._body(response))
+                return wire.decode(Transfer, await self._body(response))
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error) from error
 

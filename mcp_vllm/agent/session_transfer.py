@@ -13,6 +13,7 @@ from mcp_vllm.agent.received import check_received, verify
 from mcp_vllm.codec import CodecError
 from mcp_vllm.codec.loss import is_acceptable
 from mcp_vllm.errors import McpError
+from mcp_vllm.session.api import Transfer
 from mcp_vllm.session.manifest import Manifest
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
@@ -41,9 +42,9 @@ class SessionTransfer:
         self._manifest = manifest
         self._sizes = dict(zip(manifest.chunk_keys(), sizes, strict=True))
         self._lossy = context.config.codec.lossy_for(manifest.key.tenant, salted=False)
-        self._report = wire.SessionPulled(len(self._sizes), 0, 0, 0)
+        self._report = Transfer(len(self._sizes), 0, 0, 0)
 
-    async def run(self) -> wire.SessionPulled:
+    async def run(self) -> Transfer:
         """Fetch what is missing until all is here.
 
         Raises:

@@ -21,9 +21,9 @@ from mcp_vllm.agent.peer import Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.received import check_received, verify
 from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
-from mcp_vllm.agent.wire import SessionPulled
 from mcp_vllm.codec import CodecError
 from mcp_vllm.errors import McpError
+from mcp_vllm.session.api import DrainStep, Transfer
 from mcp_vllm.session.archive import (
     MAX_FRAME_BYTES,
     ArchivedFrame,
@@ -46,17 +46,6 @@ class SessionError(McpError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-class DrainStep(msgspec.Struct):
-    """One session of a drain: where it went, or why it stays."""
-
-    tenant: str
-    session_id: str
-    done: int
-    total: int
-    to: str = ""
-    error: str = ""
 
 
 class Sessions:
@@ -241,11 +230,11 @@ class Sessions:
 
     # ---- between agents ---------------------------------------------------------------------
 
-    async def pull(self, key: SessionKey, agent_id: str) -> SessionPulled:
+    async def pull(self, key: SessionKey, agent_id: str) -> Transfer:
         """Fetch the session from the configured peer with that id; it appears once it is whole."""
         return await self._pull(key, await self._peer_with_id(agent_id))
 
-    async def prefetch(self, key: SessionKey) -> SessionPulled:
+    async def prefetch(self, key: SessionKey) -> Transfer:
         """Fetch the session from whichever peer has it."""
         causes = []
         for peer in self._peers:
@@ -255,7 +244,7 @@ class Sessions:
                 causes.append(str(error))
         raise SessionError(404, f"no peer gave the session: {'; '.join(causes) or 'none there'}")
 
-    async def _pull(self, key: SessionKey, peer: Peer) -> SessionPulled:
+    async def _pull(self, key: SessionKey, peer: Peer) -> Transfer:
         async with self._lock(key):
             try:
                 manifest, sizes = await peer.manifest(key)
@@ -265,7 +254,7 @@ class Sessions:
             self._appear(msgspec.structs.replace(manifest, parked=False))
             return report
 
-    async def copy(self, key: SessionKey, to: str) -> SessionPulled:
+    async def copy(self, key: SessionKey, to: str) -> Transfer:
         """Let the peer `to` ("HOST:PORT") fetch the session from here."""
         manifest = self.get(key)
         if manifest.parked:
@@ -276,9 +265,9 @@ class Sessions:
         except PeerFailure as failure:
             raise SessionError(502, str(failure)) from failure
 
-    async def move(self, key: SessionKey, to: str) -> SessionPulled:
+    async def move(self, key: SessionKey, to: str) -> Transfer:
         """Copy, then release here. What was used meanwhile is copied again first."""
-        total = SessionPulled(0, 0, 0, 0)
+        total = Transfer(0, 0, 0, 0)
         for _ in range(MOVE_ROUNDS):
             before = self.get(key)
             report = await self.copy(key, to)

@@ -3,8 +3,9 @@ archives and the steps of a drain are streamed."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated, TypeVar
+import hashlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -12,65 +13,21 @@ from aiohttp import web
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
-from mcp_vllm.session.archive import encode_manifest
-from mcp_vllm.session.manifest import (
-    MAX_NAME_CHARS,
-    Manifest,
-    SessionKey,
-    SessionNameError,
-    checked_name,
+from mcp_vllm.session.api import (
+    ARCHIVE_TYPE,
+    Failure,
+    ForkRequest,
+    PinRequest,
+    SessionList,
+    SessionSummary,
+    TransferRequest,
 )
+from mcp_vllm.session.archive import encode_manifest
+from mcp_vllm.session.manifest import Manifest, SessionKey, SessionNameError, checked_name
 
-MAX_TTL_S = 365 * 24 * 3600.0
 MAX_BODY_BYTES = 64 << 10
-ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-
-
-class TransferRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """`to`: one of this agent's peers, "HOST:PORT" as configured."""
-
-    to: _Name
-
-
-class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
-    new_id: _Name
-
-
-class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
-    ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TTL_S)]
-
-
-class SessionSummary(msgspec.Struct):
-    """A session as the API shows it. Sizes in bytes; times in seconds since the epoch.
-
-    Attributes:
-        loss: "none", or the worst lossy tier that it went through.
-        num_chunks: of its chain, `held_chunks` of which are in memory here.
-        raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
-        pinned_until_s: None when it is not pinned.
-    """
-
-    tenant: str
-    session_id: str
-    namespace: str
-    num_tokens: int
-    turns: int
-    loss: str
-    parked: bool
-    created_s: float
-    last_used_s: float
-    num_chunks: int
-    held_chunks: int
-    raw_bytes: int
-    held_bytes: int
-    pinned_until_s: float | None
-
-
-class SessionList(msgspec.Struct):
-    sessions: list[SessionSummary]
 
 
 class SessionsHttp:
@@ -118,7 +75,16 @@ class SessionsHttp:
         return web.Response(body=wire.encode(offer), content_type="application/msgpack")
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
-        return await _stream(request, self._sessions.export(_key(request)), ARCHIVE_TYPE)
+        """From the byte that a `Range: bytes=N-` names, if `If-Match` names this very archive."""
+        manifest = await self._sessions.wake(_key(request))
+        tag = hashlib.blake2b(encode_manifest(manifest), digest_size=16).hexdigest()
+        expected = request.headers.get("If-Match", f'"{tag}"')
+        if expected != f'"{tag}"':
+            raise SessionError(412, "the session has changed since: export it from its start")
+        start = _range_start(request)
+        pieces = _skipping(start, self._sessions.export(manifest.key))
+        headers = {"Content-Type": ARCHIVE_TYPE, "ETag": f'"{tag}"'}
+        return await _stream(request, pieces, headers, status=206 if start else 200)
 
     async def _import(self, request: web.Request) -> web.Response:
         owner = None
@@ -166,7 +132,7 @@ class SessionsHttp:
             async for step in self._sessions.drain():
                 yield msgspec.json.encode(step) + b"\n"
 
-        return await _stream(request, lines(), "application/x-ndjson")
+        return await _stream(request, lines(), {"Content-Type": "application/x-ndjson"})
 
     async def _after(
         self, request: web.Request, operation: Callable[[SessionKey], None]
@@ -204,7 +170,8 @@ async def session_errors(request: web.Request, handler):  # type: ignore[no-unty
     try:
         return await handler(request)
     except SessionError as error:
-        return web.json_response({"error": str(error)}, status=error.status)
+        body = msgspec.json.encode(Failure(str(error)))
+        return web.Response(status=error.status, body=body, content_type="application/json")
 
 
 def _key(request: web.Request) -> SessionKey:
@@ -232,12 +199,34 @@ def _json(answer: msgspec.Struct) -> web.Response:
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
+def _range_start(request: web.Request) -> int:
+    """Where a `Range` header wants to begin; 0 without one."""
+    try:
+        wanted = request.http_range
+    except ValueError as error:
+        raise SessionError(416, str(error)) from error
+    if wanted.stop is not None or (wanted.start or 0) < 0:
+        raise SessionError(416, "an archive is sent from some byte to its end")
+    return wanted.start or 0
+
+
+async def _skipping(num_bytes: int, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces without the first bytes."""
+    async for piece in pieces:
+        if num_bytes < len(piece):
+            yield piece[num_bytes:]
+        num_bytes = max(0, num_bytes - len(piece))
+
+
 async def _stream(
-    request: web.Request, pieces: AsyncIterator[bytes], content_type: str
+    request: web.Request,
+    pieces: AsyncIterator[bytes],
+    headers: Mapping[str, str],
+    status: int = 200,
 ) -> web.StreamResponse:
     """Send the pieces; what fails before the first one is an ordinary error."""
     first = await anext(pieces, b"")
-    response = web.StreamResponse(headers={"Content-Type": content_type})
+    response = web.StreamResponse(status=status, headers=headers)
     await response.prepare(request)
     await response.write(first)
     async for piece in pieces:

@@ -93,15 +93,6 @@ class SessionPull(msgspec.Struct):
     agent_id: str
 
 
-class SessionPulled(msgspec.Struct):
-    """What that took: chunks of the session, how many of them travelled, their bytes."""
-
-    num_chunks: int
-    num_sent: int
-    raw_bytes: int
-    wire_bytes: int
-
-
 _T = TypeVar("_T")
 
 

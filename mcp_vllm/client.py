@@ -1,0 +1,352 @@
+"""A small typed client of the session API: `MCPClient`, and `AsyncMCPClient` with the same methods.
+
+    from mcp_vllm import MCPClient
+
+    with MCPClient("http://127.0.0.1:7077", tenant="alice") as client:
+        for session in client.sessions():
+            print(session.session_id, session.num_tokens)
+        client.move("chat-1", to="10.0.0.2:7077")
+
+Every method raises `ApiError` when the agent says no or does not answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Generic, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from mcp_vllm.errors import McpError
+from mcp_vllm.session.api import (
+    DrainStep,
+    Failure,
+    ForkRequest,
+    PinRequest,
+    SessionList,
+    SessionSummary,
+    Transfer,
+    TransferRequest,
+)
+from mcp_vllm.session.manifest import DEFAULT_TENANT
+
+DEFAULT_URL = "http://127.0.0.1:7077"
+CONNECT_S = 5.0
+# A move takes as long as its bytes need.
+READ_S = 3600.0
+PIECE_BYTES = 1 << 20
+
+_T = TypeVar("_T")
+
+
+class ApiError(McpError):
+    """The agent said no (`status` is the HTTP status), or could not be reached (`status` is 0)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class _Call(Generic[_T]):
+    """One request: `kind` is what a good answer holds (None: nothing)."""
+
+    method: str
+    path: str
+    kind: type[_T]
+    body: msgspec.Struct | None = None
+
+    @property
+    def content(self) -> bytes | None:
+        return None if self.body is None else msgspec.json.encode(self.body)
+
+    def result(self, response: httpx.Response) -> _T:
+        _check(response.status_code, response.content)
+        if self.kind is type(None):
+            return None
+        try:
+            return msgspec.json.decode(response.content, type=self.kind)
+        except msgspec.MsgspecError as error:
+            raise ApiError(response.status_code, f"not an agent's answer: {error}") from error
+
+
+class _Calls:
+    """The requests of one tenant, by name of operation."""
+
+    def __init__(self, tenant: str) -> None:
+        self._tenant = tenant
+
+    def path(self, session_id: str, operation: str = "") -> str:
+        names = "/".join(quote(name, safe="") for name in (self._tenant, session_id))
+        return f"/v1/sessions/{names}{operation}"
+
+    def sessions(self) -> _Call[SessionList]:
+        return _Call("GET", "/v1/sessions", SessionList)
+
+    def session(self, session_id: str) -> _Call[SessionSummary]:
+        return _Call("GET", self.path(session_id), SessionSummary)
+
+    def delete(self, session_id: str) -> _Call[None]:
+        return _Call("DELETE", self.path(session_id), type(None))
+
+    def transfer(self, session_id: str, operation: str, to: str) -> _Call[Transfer]:
+        return _Call("POST", self.path(session_id, operation), Transfer, TransferRequest(to))
+
+    def prefetch(self, session_id: str) -> _Call[Transfer]:
+        return _Call("POST", self.path(session_id, "/prefetch"), Transfer)
+
+    def change(
+        self, session_id: str, operation: str, body: msgspec.Struct | None = None
+    ) -> _Call[SessionSummary]:
+        return _Call("POST", self.path(session_id, operation), SessionSummary, body)
+
+    def own(self, listed: SessionList) -> list[SessionSummary]:
+        return [each for each in listed.sessions if each.tenant == self._tenant]
+
+    def import_query(self, session_id: str | None) -> dict[str, str]:
+        return {"tenant": self._tenant, "session_id": session_id} if session_id else {}
+
+
+class MCPClient:
+    """Sessions of one tenant at one agent. Use it as a context manager, or call `close`."""
+
+    def __init__(
+        self, base_url: str = DEFAULT_URL, tenant: str = DEFAULT_TENANT, **options: Any
+    ) -> None:
+        """`options` go to httpx.Client: certificates (`verify`, `cert`), `headers`, `timeout`."""
+        options.setdefault("timeout", httpx.Timeout(READ_S, connect=CONNECT_S))
+        self._http = httpx.Client(base_url=base_url, **options)
+        self._calls = _Calls(tenant)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def sessions(self) -> list[SessionSummary]:
+        return self._calls.own(self._run(self._calls.sessions()))
+
+    def session(self, session_id: str) -> SessionSummary:
+        return self._run(self._calls.session(session_id))
+
+    def delete(self, session_id: str) -> None:
+        self._run(self._calls.delete(session_id))
+
+    def copy(self, session_id: str, *, to: str) -> Transfer:
+        return self._run(self._calls.transfer(session_id, "/copy", to))
+
+    def move(self, session_id: str, *, to: str) -> Transfer:
+        return self._run(self._calls.transfer(session_id, "/move", to))
+
+    def prefetch(self, session_id: str) -> Transfer:
+        """Let the agent fetch the session from its peers."""
+        return self._run(self._calls.prefetch(session_id))
+
+    def fork(self, session_id: str, new_id: str) -> SessionSummary:
+        return self._run(self._calls.change(session_id, "/fork", ForkRequest(new_id)))
+
+    def pin(self, session_id: str, ttl_s: float) -> SessionSummary:
+        return self._run(self._calls.change(session_id, "/pin", PinRequest(ttl_s)))
+
+    def unpin(self, session_id: str) -> SessionSummary:
+        return self._run(self._calls.change(session_id, "/unpin"))
+
+    def park(self, session_id: str) -> SessionSummary:
+        return self._run(self._calls.change(session_id, "/park"))
+
+    def wake(self, session_id: str) -> SessionSummary:
+        return self._run(self._calls.change(session_id, "/wake"))
+
+    def drain(self) -> Iterator[DrainStep]:
+        """Move every session of the agent (of all tenants) to its peers; one step a session."""
+        with _no_answer(), self._http.stream("POST", "/v1/drain") as response:
+            if response.is_error:
+                _check(response.status_code, response.read())
+            for line in response.iter_lines():
+                yield msgspec.json.decode(line, type=DrainStep)
+
+    def export(self, session_id: str, path: Path) -> None:
+        """Write the session to a file; one that an interrupted export left is completed."""
+        unfinished = _Unfinished(path)
+        headers = unfinished.headers()
+        url = self._calls.path(session_id, "/export")
+        with _no_answer(), self._http.stream("GET", url, headers=headers) as response:
+            if response.is_error:
+                _check(response.status_code, response.read())
+            with unfinished.open(response) as file:
+                for piece in response.iter_bytes(PIECE_BYTES):
+                    file.write(piece)
+        unfinished.complete()
+
+    def import_file(self, path: Path, session_id: str | None = None) -> SessionSummary:
+        """Take a session over from a file, under its own name or another of this tenant."""
+        with path.open("rb") as file, _no_answer():
+            response = self._http.post(
+                "/v1/sessions/import", params=self._calls.import_query(session_id), content=file
+            )
+        return _Call("POST", "", SessionSummary).result(response)
+
+    def _run(self, call: _Call[_T]) -> _T:
+        with _no_answer():
+            response = self._http.request(call.method, call.path, content=call.content)
+        return call.result(response)
+
+
+class AsyncMCPClient:
+    """`MCPClient` for asyncio. Use it as an async context manager, or await `close`."""
+
+    def __init__(
+        self, base_url: str = DEFAULT_URL, tenant: str = DEFAULT_TENANT, **options: Any
+    ) -> None:
+        """`options` go to httpx.AsyncClient."""
+        options.setdefault("timeout", httpx.Timeout(READ_S, connect=CONNECT_S))
+        self._http = httpx.AsyncClient(base_url=base_url, **options)
+        self._calls = _Calls(tenant)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def sessions(self) -> list[SessionSummary]:
+        return self._calls.own(await self._run(self._calls.sessions()))
+
+    async def session(self, session_id: str) -> SessionSummary:
+        return await self._run(self._calls.session(session_id))
+
+    async def delete(self, session_id: str) -> None:
+        await self._run(self._calls.delete(session_id))
+
+    async def copy(self, session_id: str, *, to: str) -> Transfer:
+        return await self._run(self._calls.transfer(session_id, "/copy", to))
+
+    async def move(self, session_id: str, *, to: str) -> Transfer:
+        return await self._run(self._calls.transfer(session_id, "/move", to))
+
+    async def prefetch(self, session_id: str) -> Transfer:
+        return await self._run(self._calls.prefetch(session_id))
+
+    async def fork(self, session_id: str, new_id: str) -> SessionSummary:
+        return await self._run(self._calls.change(session_id, "/fork", ForkRequest(new_id)))
+
+    async def pin(self, session_id: str, ttl_s: float) -> SessionSummary:
+        return await self._run(self._calls.change(session_id, "/pin", PinRequest(ttl_s)))
+
+    async def unpin(self, session_id: str) -> SessionSummary:
+        return await self._run(self._calls.change(session_id, "/unpin"))
+
+    async def park(self, session_id: str) -> SessionSummary:
+        return await self._run(self._calls.change(session_id, "/park"))
+
+    async def wake(self, session_id: str) -> SessionSummary:
+        return await self._run(self._calls.change(session_id, "/wake"))
+
+    async def drain(self) -> AsyncIterator[DrainStep]:
+        with _no_answer():
+            async with self._http.stream("POST", "/v1/drain") as response:
+                if response.is_error:
+                    _check(response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    yield msgspec.json.decode(line, type=DrainStep)
+
+    async def export(self, session_id: str, path: Path) -> None:
+        unfinished = _Unfinished(path)
+        url, headers = self._calls.path(session_id, "/export"), unfinished.headers()
+        with _no_answer():
+            async with self._http.stream("GET", url, headers=headers) as response:
+                if response.is_error:
+                    _check(response.status_code, await response.aread())
+                with unfinished.open(response) as file:
+                    async for piece in response.aiter_bytes(PIECE_BYTES):
+                        await asyncio.to_thread(file.write, piece)
+        unfinished.complete()
+
+    async def import_file(self, path: Path, session_id: str | None = None) -> SessionSummary:
+        with path.open("rb") as file, _no_answer():
+            response = await self._http.post(
+                "/v1/sessions/import",
+                params=self._calls.import_query(session_id),
+                content=_pieces(file),
+            )
+        return _Call("POST", "", SessionSummary).result(response)
+
+    async def _run(self, call: _Call[_T]) -> _T:
+        with _no_answer():
+            response = await self._http.request(call.method, call.path, content=call.content)
+        return call.result(response)
+
+
+async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
+        yield piece
+
+
+class _Unfinished:
+    """The file of an export until it is complete, and the tag of the archive that it belongs to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._part = path.with_name(f"{path.name}.part")
+        self._tag = path.with_name(f"{path.name}.tag")
+
+    def headers(self) -> dict[str, str]:
+        """What to ask for: the rest of what is here, or everything."""
+        try:
+            size, tag = self._part.stat().st_size, self._tag.read_text()
+        except OSError:
+            return {}
+        return {"Range": f"bytes={size}-", "If-Match": tag} if size else {}
+
+    def open(self, response: httpx.Response) -> Any:
+        mode = "ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb"
+        self._tag.write_text(response.headers.get("ETag", ""))
+        return self._part.open(mode)
+
+    def complete(self) -> None:
+        os.replace(self._part, self._path)
+        self._tag.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _no_answer() -> Iterator[None]:
+    """Turn httpx's errors into ApiError."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ApiError(0, f"the agent does not answer: {error or type(error).__name__}") from error
+
+
+def _check(status: int, body: bytes) -> None:
+    if status < 400:
+        return
+    try:
+        message = msgspec.json.decode(body, type=Failure).error
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        message = body[:500].decode(errors="replace")
+    raise ApiError(status, message)

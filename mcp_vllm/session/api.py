@@ -1,0 +1,89 @@
+"""The structures of the session API (docs/api.md), shared by the agent and its clients."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from mcp_vllm.session.manifest import MAX_NAME_CHARS
+
+MAX_TTL_S = 365 * 24 * 3600.0
+ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+class TransferRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`to`: one of the agent's peers, "HOST:PORT" as configured."""
+
+    to: Name
+
+
+class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`new_id`: of the new session, of the same tenant."""
+
+    new_id: Name
+
+
+class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`ttl_s`: seconds from now."""
+
+    ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TTL_S)]
+
+
+class SessionSummary(msgspec.Struct):
+    """A session. Sizes in bytes; times in seconds since the epoch, by the agent's clock.
+
+    Attributes:
+        namespace: digest of the engines' fingerprint that its chunks belong to, hexadecimal.
+        loss: "none", or the worst lossy tier that it went through.
+        num_chunks: of its chain, `held_chunks` of which are in memory there.
+        raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
+        pinned_until_s: None when it is not pinned.
+    """
+
+    tenant: str
+    session_id: str
+    namespace: str
+    num_tokens: int
+    turns: int
+    loss: str
+    parked: bool
+    created_s: float
+    last_used_s: float
+    num_chunks: int
+    held_chunks: int
+    raw_bytes: int
+    held_bytes: int
+    pinned_until_s: float | None
+
+
+class SessionList(msgspec.Struct):
+    sessions: list[SessionSummary]
+
+
+class Transfer(msgspec.Struct):
+    """What a transfer took: chunks of the session, how many of them travelled, their bytes."""
+
+    num_chunks: int
+    num_sent: int
+    raw_bytes: int
+    wire_bytes: int
+
+
+class DrainStep(msgspec.Struct):
+    """One session of a drain, `done` of `total`: where it went, or why it stays."""
+
+    tenant: str
+    session_id: str
+    done: int
+    total: int
+    to: str = ""
+    error: str = ""
+
+
+class Failure(msgspec.Struct):
+    """The body of every answer that says no."""
+
+    error: str
