@@ -76,8 +76,10 @@ class Agent:
         agent = self._config.agent
         listener = self._listen_for_engines()
         self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
+        http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
+        self.application = http.application()
         runner = web.AppRunner(
-            HttpApi(self._context, self._encoder, self._peers, self._sessions()).application(),
+            self.application,
             access_log=None,
             shutdown_timeout=SHUTDOWN_GRACE_S,
         )

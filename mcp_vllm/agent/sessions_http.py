@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from mcp_vllm.agent import wire
+from mcp_vllm.agent import openapi, wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
 from mcp_vllm.session.api import (
@@ -56,6 +56,7 @@ class SessionsHttp:
             web.post(f"{one}/park", self._park),
             web.post(f"{one}/wake", self._wake),
             web.post("/v1/drain", self._drain),
+            web.get("/v1/openapi.json", self._openapi),
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -133,6 +134,10 @@ class SessionsHttp:
                 yield msgspec.json.encode(step) + b"\n"
 
         return await _stream(request, lines(), {"Content-Type": "application/x-ndjson"})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        body = msgspec.json.encode(openapi.document())
+        return web.Response(body=body, content_type="application/json")
 
     async def _after(
         self, request: web.Request, operation: Callable[[SessionKey], None]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +18,12 @@ from typing import Any, Self
 
 import yaml
 
-from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, Server, free_port
+from mcp_vllm.client import MCPClient
+from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, EngineFailed, Server, free_port
 
 ENGINE_ARGS = ("--enforce-eager", "--max-model-len", "4096")
 START_DEADLINE_S = 600.0
+STORED_DEADLINE_S = 60.0
 # Both hosts share one machine's cores: a lookup may wait longer here than between two machines.
 SHARED_CORES = {"agent": {"lookup_ms": 1000, "stall_ms": 5000}}
 
@@ -75,6 +78,25 @@ class Host:
             log_path=self.log_folder / f"engine-{self.name}.log",
         )
         return self.engine
+
+    @property
+    def engine_url(self) -> str:
+        assert self.engine is not None
+        return self.engine.base_url
+
+    def wait_until_stored(self, session_id: str, turns: int = 1) -> None:
+        """Until the agent has that many turns of the session, and their blocks.
+
+        Raises EngineFailed when it does not in time.
+        """
+        until_s = time.monotonic() + STORED_DEADLINE_S
+        with MCPClient(self.agent_url) as client:
+            while time.monotonic() < until_s:
+                session = {each.session_id: each for each in client.sessions()}.get(session_id)
+                if session and session.turns >= turns and session.held_chunks == session.num_chunks:
+                    return
+                time.sleep(0.05)
+        raise EngineFailed(f"agent {self.name} did not take over the blocks of {session_id}")
 
     @property
     def servers(self) -> list[Server]:
@@ -144,3 +166,16 @@ class Pair:
         settings["agent"] = {**settings.get("agent", {}), **agent}
         settings["peers"] = [address for other, address in addresses.items() if other != name]
         return settings
+
+
+@contextlib.contextmanager
+def running_hosts(
+    model: Path | str,
+    log_folder: Path | str,
+    settings: Mapping[str, Any],
+    names: Sequence[str] = ("A", "B"),
+) -> Iterator[list[Host]]:
+    """Hosts with their engines ready; all their processes end with the context."""
+    with Pair(Path(log_folder), settings, names) as pair:
+        pair.start_engines(model)
+        yield list(pair.hosts.values())
