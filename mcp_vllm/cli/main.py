@@ -27,6 +27,8 @@ COMMANDS = {
     "demo": Command("mcp_vllm.cli.demo", "Move a chat between two real engines, show the saving."),
     "agent": Command("mcp_vllm.cli.agent", "Run a context agent on its own."),
     "doctor": Command("mcp_vllm.cli.doctor", "Say what would stop it from working here."),
+    "codec": Command("mcp_vllm.cli.codec", "Calibrate lossy codecs for a model."),
+    "bench": Command("mcp_vllm.cli.bench", "Measure what a lossy codec costs your model."),
     "config": Command("mcp_vllm.cli.config", "Check a configuration file, show the settings."),
 }
 

@@ -14,7 +14,7 @@ from mcp_vllm.codec.frame import (
 )
 from mcp_vllm.codec.layout import ChunkLayout
 from mcp_vllm.codec.planes import KVLayout, Plane
-from mcp_vllm.codec.registry import codec_names, get_codec, needs_calibration
+from mcp_vllm.codec.registry import codec_names, get_codec, lossless_names, needs_calibration
 
 __all__ = [
     "FRAME_PREFIX_SIZE",
@@ -30,6 +30,7 @@ __all__ = [
     "decode_frame_into",
     "encode_frame",
     "get_codec",
+    "lossless_names",
     "needs_calibration",
     "read_header",
 ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-MAX_PARTS = 8
+MAX_PARTS = 12
 
 
 def flat_bytes(buffer: Buffer) -> memoryview:
@@ -36,8 +36,8 @@ def flat_bytes(buffer: Buffer) -> memoryview:
 class Encoded:
     """``parts``, at most MAX_PARTS, and the codec that they are of.
 
-    That is the codec which was asked, or one that took its place: a lossy codec leaves to a lossless
-    one what it does not understand.
+    That is the codec which was asked, or one that took its place: a lossy codec leaves to a
+    lossless one what it does not understand.
     """
 
     codec: Codec

@@ -10,8 +10,8 @@ A *band* is a set of heads, K and V of one layer, whose channels are decorrelate
     values      ~= coefficients @ synthesis + mean
 
 Coefficients are in a unit in which an error of any of them harms the model's output equally, and
-sorted by falling standard deviation. K is first turned back by its rotary angle, where the model has
-one: pair (i, i + rotary/2) of a head at position p by ``-p * frequencies[i]``.
+sorted by falling standard deviation. K is first turned back by its rotary angle, where the model
+has one: pair (i, i + rotary/2) of a head at position p by ``-p * frequencies[i]``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class Band:
         for name in _ARRAYS:
             values = getattr(self, name)
             if values.dtype != np.float32 or not np.isfinite(values).all():
-                raise CodecError(f"calibration band {self.sources[0]} has a {name} that is no float")
+                raise CodecError(
+                    f"calibration band {self.sources[0]} has a {name} that is no float"
+                )
         if (np.diff(self.deviation) > 0).any() or self.deviation[-1] < 0:
             raise CodecError(f"calibration band {self.sources[0]}: deviations do not fall")
 
@@ -190,5 +192,5 @@ def _member(
     if entry.file_size > max_bytes or entry.compress_type != zipfile.ZIP_STORED:
         raise CodecError(f"member {name} is compressed or larger than {max_bytes} bytes")
     with members.open(entry) as file:
-        values = np.lib.format.read_array(file, allow_pickle=False)
+        values = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]
     return np.ascontiguousarray(values)

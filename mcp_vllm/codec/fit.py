@@ -1,8 +1,8 @@
 """From samples of a model's K and V, and of the loss's gradients by them, to a calibration.
 
-An error e of a band harms the output by about e' F e, F the mean outer product of the gradients (the
-Fisher information). With F = S S', errors of S'x all count the same, so S'x is what is decorrelated,
-by the eigenvectors of its covariance (KLT), and quantised with one step for all.
+An error e of a band harms the output by about e' F e, F the mean outer product of the gradients
+(the Fisher information). With F = S S', errors of S'x all count the same, so S'x is what is
+decorrelated, by the eigenvectors of its covariance (KLT), and quantised with one step for all.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ offset bytes field
 4      1     format version, 2
 5      1     codec id (registry.py); the codec defines what its parts hold
 6      1     element type, an index into layout.ELEMENTS
-7      1     number of parts P, 0..8
+7      1     number of parts P, 0..12
 8      4     channels (ChunkLayout.channels)
 12     2     key length K, 0..256
 14     2     zero
 16     8     raw size
 24     8     frame size: header and parts
-32     16    xxh3_128, canonical byte order: of the raw bytes where the codec is lossless, else of the
-             parts
+32     16    xxh3_128, canonical byte order: of the raw bytes where the codec is lossless, else of
+             the parts
 48     K     key
 48+K   8 P   size of each part
 48+K+8P 8    xxh3_64 of all header bytes before this, canonical byte order
@@ -24,9 +24,10 @@ offset bytes field
 
 A frame is never larger than its header plus the raw bytes, so ``raw size`` bounds everything. The
 checksum of a lossy frame covers what was coded, since decoded floats may differ in their last bits
-from CPU to CPU; it is verified before anything is decoded. An encoder that checked its own output
-would pay for a decoding and find only faults of its own. The checksums guard against accidents, not against an adversary: authenticity is the transport's matter,
-but a decoder fed hostile bytes still raises CodecError only and allocates within that bound.
+from CPU to CPU; it is verified before anything is decoded. (An encoder that checked its own output
+would pay for a decoding, and find only faults of its own.) Checksums guard against accidents, not
+against an adversary: authenticity is the transport's matter, but a decoder fed hostile bytes still
+raises CodecError only and allocates within that bound.
 """
 
 from __future__ import annotations

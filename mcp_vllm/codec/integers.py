@@ -1,8 +1,8 @@
-"""Matrices of small integers as an entropy-coded stream: each column has a class, known beforehand.
+"""Matrices of small integers as an entropy-coded stream; the class of each column is known.
 
-Values of a *wide* column, which would not fit a byte, are coded as ``16 * high + low - 8``: ``high``
-like any value, ``low`` in a column of its own after the others. What has no byte in its class is an
-*escape*: int16, in the order of the stream.
+Values of a *wide* column, which would not fit a byte, are coded as ``16 * high + low - 8``:
+``high`` like any value, ``low`` in a column of its own after the others. What has no byte in its
+class is an *escape*: int16, in the order of the stream.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from mcp_vllm.codec.values import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
 
     from mcp_vllm.codec.kernel import Float32s
@@ -90,7 +91,7 @@ class LossyCodec(Codec):
         return Encoded(self, [head, *parts, *self._encode_exact(rows[:num_exact], layout, kv)])
 
     def _encode_exact(
-        self, rows: np.ndarray, layout: ChunkLayout, kv: KVLayout
+        self, rows: NDArray[Any], layout: ChunkLayout, kv: KVLayout
     ) -> Sequence[Buffer]:
         if not len(rows):
             return []
@@ -112,7 +113,7 @@ class LossyCodec(Codec):
         elements = elements_of(out, layout.element)
         rows = np.empty((kv.num_tokens, kv.num_channels), elements.dtype)
         if num_exact:
-            exact = memoryview(rows[:num_exact]).cast("B")
+            exact = rows[:num_exact].data.cast("B")
             self._lossless.decode_into(views[own:], exact, _layout_of_rows(layout, kv))
         tokens = range(first_token + num_exact, first_token + kv.num_tokens)
         values = self.decode_values(views[0][_HEAD.size :], views[1:own], kv, tokens)

@@ -1,9 +1,9 @@
 """The tier `near-lossless`: 8 bits a value, scaled token by token, entropy-coded by channel.
 
-The values of a head at a token are divided by a scale, their largest magnitude over 127, and rounded:
-none is off by more than half a scale, and half a unit in the last place of the element. The channels
-of a chunk are classed by their root mean square, since a static table per class needs few bits to be
-told. Nothing needs to be known of the model.
+The values of a head at a token are divided by a scale, their largest magnitude over 127, and
+rounded: none is off by more than half a scale, and half a unit in the last place of the element.
+The channels of a chunk are classed by their root mean square, since a static table per class needs
+few bits to be told. Nothing needs to be known of the model.
 
 Head: nothing. Parts: bf16 scales [token, source] and uint8 classes [channel], zstandard of byte
 planes; the rANS stream; its escapes.
@@ -50,9 +50,9 @@ def _tables() -> tables.Tables:
 def _tail() -> Float32s:
     """P(|x| > _REACH * (i / 256)**2) of the mixture, in exactly rounded operations only."""
     points = (np.arange(256) / 256.0) ** 2 * _REACH
-    return (0.875 * _gaussian_tail(points / 0.85) + 0.125 * _gaussian_tail(points / 1.7)).astype(
-        np.float32
-    )
+    narrow, wide = _gaussian_tail(points / 0.85), _gaussian_tail(points / 1.7)
+    tail: Float32s = (0.875 * narrow + 0.125 * wide).astype(np.float32)
+    return tail
 
 
 def _gaussian_tail(points: Any) -> Any:
@@ -84,7 +84,7 @@ class NearLosslessCodec(LossyCodec):
         largest = np.maximum.reduceat(np.abs(values), starts, axis=1)
         if not np.isfinite(largest).all():
             return None
-        scales = _round_up(largest / np.float32(LARGEST))
+        scales = _round_up((largest / LARGEST).astype(np.float32))
         inverse = np.divide(1, to_float32(scales), where=scales != 0, out=np.zeros_like(largest))
         values *= np.repeat(inverse, widths, axis=1)
         classes = _classes(values)
@@ -108,12 +108,12 @@ class NearLosslessCodec(LossyCodec):
         if classes.max() >= _NUM_CLASSES:
             raise FrameError("a near-lossless frame names a class without a table")
         scales = side[:num_scales] | side[num_scales : 2 * num_scales].astype(np.uint16) << 8
-        scales = to_float32(scales.reshape(len(tokens), len(widths)))
-        if not np.isfinite(scales).all():
+        factors = to_float32(scales.reshape(len(tokens), len(widths)))
+        if not np.isfinite(factors).all():
             raise FrameError("a near-lossless frame holds a scale that is no number")
         values = integers.decode(parts[1], parts[2], len(tokens), _columns(classes))
         with np.errstate(over="ignore"):
-            values *= np.repeat(scales, widths, axis=1)
+            values *= np.repeat(factors, widths, axis=1)
         return np.nan_to_num(values, copy=False)
 
 
@@ -129,15 +129,16 @@ def _round_up(positive: Float32s) -> UInt16s:
 
 
 def _byte_planes(scales: UInt16s) -> bytes:
-    return (scales & np.uint16(0xFF)).astype(np.uint8).tobytes() + (
-        scales >> np.uint16(8)
-    ).astype(np.uint8).tobytes()
+    return (scales & np.uint16(0xFF)).astype(np.uint8).tobytes() + (scales >> np.uint16(8)).astype(
+        np.uint8
+    ).tobytes()
 
 
 def _classes(values: Float32s) -> UInt8s:
     """uint8 [channel]"""
     mean_squares = np.einsum("tc,tc->c", values, values) / np.float32(len(values))
-    return np.searchsorted(_BOUNDS**2, mean_squares, side="right").astype(np.uint8)
+    classes: UInt8s = np.searchsorted(_BOUNDS**2, mean_squares, side="right").astype(np.uint8)
+    return classes
 
 
 def _columns(classes: UInt8s) -> integers.Columns:

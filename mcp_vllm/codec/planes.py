@@ -127,7 +127,7 @@ class KVLayout:
     def digest(self) -> bytes:
         """8 bytes; equal only for equal tensors of a chunk, however their bytes are arranged.
 
-        The arrangement is left out: K and V mean the same in any, so a peer may decode into its own.
+        The arrangement is left out: K and V mean the same in any, so a peer decodes into its own.
         """
         sources = [(source, span.stop - span.start) for source, span in self.columns.items()]
         return xxhash.xxh3_64_digest(repr((self.num_tokens, sources)).encode())
@@ -160,7 +160,11 @@ def latent(layers: tuple[int, ...], num_blocks: int, block_tokens: int, size: in
     """Pages [token, latent] of multi-head latent attention."""
     shape = (1, block_tokens, size)
     return _pages(
-        layers, num_blocks, block_tokens * size, shape, {"latent": (0, (block_tokens * size, size, 1))}
+        layers,
+        num_blocks,
+        block_tokens * size,
+        shape,
+        {"latent": (0, (block_tokens * size, size, 1))},
     )
 
 

@@ -37,6 +37,11 @@ def codec_names() -> tuple[str, ...]:
     return _NAMES
 
 
+def lossless_names() -> tuple[str, ...]:
+    """Of these, the codecs that give back the very bytes."""
+    return tuple(name for number, name in _NAME_OF_ID.items() if is_lossless(number))
+
+
 def needs_calibration(name: str) -> bool:
     """Whether get_codec wants the model's calibration for this codec."""
     return name in _CALIBRATED
@@ -51,11 +56,12 @@ def get_codec(
 ) -> Codec:
     """The codec of that name, ready to use; ``level`` is zstandard's, where the codec has one.
 
-    ``calibration`` and ``step`` are for the calibrated tiers: the model's, and how coarse to be where
-    the tier's own step does not suit (transform.py).
+    ``calibration`` and ``step`` are for the calibrated tiers: the model's, and how coarse to be
+    where the tier's own step does not suit (transform.py).
 
-    The first call for any but ``raw`` and ``zstd`` in a process loads compiled kernels (and compiles
-    them, once per installation, for some seconds): make it at start-up, not when a chunk waits.
+    The first call for any but ``raw`` and ``zstd`` in a process loads compiled kernels (and
+    compiles them, once per installation, for some seconds): make it at start-up, not when a chunk
+    waits.
     """
     if name not in _NAMES:
         nearest = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.0)[0]

@@ -1,6 +1,7 @@
 """Rotary position embedding taken off K and put back: pair (i, i + n) of a head, n pairs.
 
-Functions of numpy arrays or torch tensors alike: what runs on an accelerator is what is tested here.
+Functions of numpy arrays or torch tensors alike: what would run on an accelerator is
+what is tested on the CPU.
 """
 
 from __future__ import annotations

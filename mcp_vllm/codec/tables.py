@@ -72,7 +72,8 @@ def of_tail(tail: Float32s, reach: float, deviations: NDArray[np.float64]) -> Ta
 
 def _last(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     """1 + the index of the last true flag of each row."""
-    return flags.shape[1] - np.argmax(flags[:, ::-1], axis=1)
+    past: NDArray[np.int64] = flags.shape[1] - np.argmax(flags[:, ::-1], axis=1)
+    return past
 
 
 def with_uniform(tables: Tables, num_values: int) -> Tables:

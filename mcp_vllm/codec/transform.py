@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -67,7 +68,8 @@ class _BandPlan:
 
     @property
     def num_kept(self) -> int:
-        return self.kept.stop - self.kept.start
+        num_kept: int = self.kept.stop - self.kept.start
+        return num_kept
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ def _spreads() -> Any:
 
 
 class TransformCodec(LossyCodec):
-    """See the module's docstring. Subclasses are tiers: a name, an id and the step of their promise.
+    """See the module's docstring. Subclasses are tiers: a name, an id, a step for their promise.
 
     Attributes:
         step: quantisation step, in the calibration's unit of harm; larger is smaller and worse.
-        """
+    """
 
     NUM_PARTS = 2
     default_step: ClassVar[float]
@@ -187,7 +189,7 @@ def _coefficients(values: Float32s, plan: _Plan, first_token: int, step: float) 
 
 
 def _concatenated(values: Float32s, spans: tuple[slice, ...]) -> Float32s:
-    if all(left.stop == right.start for left, right in zip(spans, spans[1:], strict=False)):
+    if all(left.stop == right.start for left, right in pairwise(spans)):
         return values[:, spans[0].start : spans[-1].stop]
     return np.concatenate([values[:, span] for span in spans], axis=1)
 

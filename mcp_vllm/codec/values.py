@@ -24,7 +24,8 @@ FLOAT_ELEMENTS = tuple(_DTYPES)
 
 def elements_of(chunk: memoryview, element: Element) -> NDArray[Any]:
     """The chunk's flat elements, sharing its memory; bf16 as its bits."""
-    return np.frombuffer(chunk, _DTYPES[element])
+    elements: NDArray[Any] = np.frombuffer(chunk, _DTYPES[element])
+    return elements
 
 
 def to_float32(elements: NDArray[Any]) -> NDArray[np.float32]:
@@ -44,7 +45,8 @@ def from_float32(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[A
         odd = (bits >> np.uint32(16)) & np.uint32(1)
         rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
         overflown = (rounded & np.uint32(0x7FFF)) == 0x7F80
-        return (rounded - overflown).astype(np.uint16)
+        narrow: NDArray[np.uint16] = (rounded - overflown).astype(np.uint16)
+        return narrow
     if dtype == np.float16:
         return np.clip(values, -65504, 65504).astype(np.float16)
     return values
