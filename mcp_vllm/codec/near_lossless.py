@@ -85,8 +85,11 @@ class NearLosslessCodec(LossyCodec):
         if not np.isfinite(largest).all():
             return None
         scales = _round_up((largest / LARGEST).astype(np.float32))
-        inverse = np.divide(1, to_float32(scales), where=scales != 0, out=np.zeros_like(largest))
-        values *= np.repeat(inverse, widths, axis=1)
+        with np.errstate(all="ignore"):  # An inverse may overflow: then values do not fit below.
+            inverse = np.divide(
+                1, to_float32(scales), where=scales != 0, out=np.zeros_like(largest)
+            )
+            values *= np.repeat(inverse, widths, axis=1)
         classes = _classes(values)
         coded = integers.encode(values, _columns(classes))
         if coded is None:
