@@ -9,7 +9,7 @@ A chunk is one block of every layer, as vLLM hands it over: ``gpu16`` 16 tokens 
 K or V alone, the smallest frame there is. One-thread speeds are CPU time, so that other work on the
 machine disturbs them little; all-thread speeds are wall time. MB are 10**6 raw bytes. The lossy
 tiers need the model's calibration, and what they cost is read from a JSON of `mcp-vllm bench
-quality`; no token of their chunks is exact.
+quality`. The first chunk of each text is left out: there they keep 16 tokens exact.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from contenders import Contender, contenders, lossy_contenders
+from contenders import Chunk, Contender, contenders, lossy_contenders
 
 from mcp_vllm.codec import ChunkLayout, KVLayout, Plane, planes
 from mcp_vllm.codec.calibration import Calibration
@@ -46,20 +46,26 @@ class Result:
     dppl_percent: float | None
 
 
-def cut_chunks(kv: np.ndarray, pages: str) -> list[bytes]:
-    """Chunks of uint16 [layer, K or V, head, token, channel]."""
+def cut_chunks(kv: np.ndarray, pages: str) -> list[Chunk]:
+    """All chunks but the first of uint16 [layer, K or V, head, token, channel]."""
     num_tokens = 128 if pages == "cpu128" else 16
-    chunks = []
-    for start in range(0, kv.shape[3] - num_tokens + 1, num_tokens):
+    chunks: list[Chunk] = []
+
+    def add(tensor: np.ndarray, start: int) -> None:
+        chunks.append(Chunk(tensor.tobytes(), start // num_tokens))
+
+    for start in range(num_tokens, kv.shape[3] - num_tokens + 1, num_tokens):
         block = kv[:, :, :, start : start + num_tokens]
         if pages == "layer16":
-            chunks += [block[layer, kind].tobytes() for layer in range(len(kv)) for kind in (0, 1)]
+            for layer in range(len(kv)):
+                add(block[layer, 0], start)
+                add(block[layer, 1], start)
         elif pages == "gpu16":
-            chunks.append(block.transpose(0, 2, 1, 3, 4).tobytes())
+            add(block.transpose(0, 2, 1, 3, 4), start)
         else:
             keys = block[:, 0].transpose(0, 1, 3, 2).reshape(*block.shape[:1], kv.shape[2], -1)
             values = block[:, 1].reshape(*block.shape[:1], kv.shape[2], -1)
-            chunks.append(np.stack([keys, values], axis=2).tobytes())
+            add(np.stack([keys, values], axis=2), start)
     return chunks
 
 
@@ -81,7 +87,7 @@ def layout_of(kv: np.ndarray, pages: str) -> KVLayout:
     )
 
 
-def sample(chunks: list[bytes], max_bytes: int) -> list[bytes]:
+def sample(chunks: list[Chunk], max_bytes: int) -> list[Chunk]:
     """Evenly spread chunks of about ``max_bytes`` in all."""
     return chunks[:: max(1, sum(map(len, chunks)) // max_bytes)]
 
@@ -103,7 +109,7 @@ def wall_time_s(function: Callable, arguments: list, num_threads: int) -> float:
         return time.perf_counter() - start
 
 
-def measure(contender: Contender, chunks: list[bytes], dppl_percent: float | None) -> Result:
+def measure(contender: Contender, chunks: list[Chunk], dppl_percent: float | None) -> Result:
     blobs = [contender.encode(chunk) for chunk in chunks]
     sizes = [len(chunk) for chunk in chunks]
     for chunk, blob in zip(chunks, blobs, strict=True):
@@ -205,7 +211,7 @@ def main() -> None:
     if args.pages != "layer16":
         kv_layout = layout_of(next(iter(dumps.values())), args.pages)
         known = Calibration.load(args.calibration) if args.calibration else None
-        lossy_layout = ChunkLayout("bf16", layout.channels, kv_layout, position=1)
+        lossy_layout = ChunkLayout("bf16", layout.channels, kv_layout)
         measured += lossy_contenders(lossy_layout, known)
     dppl = dppl_by_name(args.quality) if args.quality else {}
     results = [measure(each, chunks, dppl.get(each.name)) for each in measured]

@@ -4,7 +4,7 @@ Each is a pair of functions over bytes; those of a library that is not installed
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import numpy as np
@@ -17,12 +17,23 @@ KEY = bytes(32)
 STEPS = ("small:0.014", "small:0.02", "small:0.03")
 
 
+class Chunk(bytes):
+    """Raw bytes that know how many chunks of their context came before."""
+
+    position: int
+
+    def __new__(cls, raw: bytes, position: int) -> "Chunk":
+        chunk = super().__new__(cls, raw)
+        chunk.position = position
+        return chunk
+
+
 @dataclass(frozen=True)
 class Contender:
     """``decode`` gets what ``encode`` gave, and the raw size in bytes."""
 
     name: str
-    encode: Callable[[bytes], bytes]
+    encode: Callable[[Chunk], bytes]
     decode: Callable[[bytes, int], bytes | bytearray]
     ours: bool = False
     lossless: bool = True
@@ -39,8 +50,8 @@ def _frames(
         decode_frame_into(frame, view, key=KEY, kv=layout.kv, calibration=calibration)
         return out
 
-    def encode(raw: bytes) -> bytes:
-        return encode_frame(KEY, raw, layout, codec)
+    def encode(raw: Chunk) -> bytes:
+        return encode_frame(KEY, raw, replace(layout, position=raw.position), codec)
 
     return Contender(f"mcp {name}", encode, decode, ours=True, lossless=codec.lossless)
 
@@ -48,7 +59,7 @@ def _frames(
 def lossy_contenders(layout: ChunkLayout, calibration: Calibration | None) -> list[Contender]:
     """The tiers, and steps between and beyond them; without a calibration the one that needs none.
 
-    ``layout`` knows its planes, and is not of the first chunk: no token is exact.
+    ``layout`` knows its planes.
     """
     made = [_frames("near-lossless", get_codec("near-lossless"), layout)]
     for label in ("balanced", "small", *STEPS) if calibration else ():

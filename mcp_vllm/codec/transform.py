@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 _HEAD = struct.Struct(f"<{FINGERPRINT_SIZE}sf")
 _MAX_STEP = 1e6
 _MIN_STEP = 1e-6
-# Standard deviations of a class, in steps: from _NARROWEST up, this many classes an octave.
-_NARROWEST = 0.14
+# Coefficients that deviate by less, in steps, are not kept: below 1 / sqrt(12), about, an error of
+# rounding would be as large as the coefficient.
+_NARROWEST = 0.25
+# Classes of deviations, from there on.
 _CLASSES_PER_OCTAVE = 2
 _NUM_CLASSES = 26
 # From this class on a byte is too small, and low bits are coded apart.
-_FIRST_WIDE_CLASS = 16
+_FIRST_WIDE_CLASS = 13
 _MAX_PLANS = 64
 
 

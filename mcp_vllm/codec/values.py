@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcp_vllm.codec.kernel import Float32s, UInt16s, kernel
 from mcp_vllm.codec.planes import Source
 
 if TYPE_CHECKING:
@@ -28,25 +29,32 @@ def elements_of(chunk: memoryview, element: Element) -> NDArray[Any]:
     return elements
 
 
-def to_float32(elements: NDArray[Any]) -> NDArray[np.float32]:
+def to_float32(elements: NDArray[Any]) -> Float32s:
     """The same values; uint16 is taken as bf16."""
     if elements.dtype == np.uint16:
         return (elements.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return elements.astype(np.float32)
 
 
-def from_float32(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+@kernel("(Array(float32, 1, 'C', readonly=True), uint16[::1])")
+def _to_bf16(values: Float32s, bits: UInt16s) -> None:
+    wide = values.view(np.uint32)
+    for index in range(wide.size):
+        odd = (wide[index] >> np.uint32(16)) & np.uint32(1)
+        rounded = (wide[index] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        overflown = (rounded & np.uint32(0x7FFF)) == np.uint32(0x7F80)
+        bits[index] = np.uint16(rounded - np.uint32(overflown))
+
+
+def from_float32(values: Float32s, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Rounded to nearest, ties to even, of finite values; for uint16 to bf16 bits.
 
     What is too large for the dtype becomes its largest finite value.
     """
     if dtype == np.uint16:
-        bits = values.view(np.uint32)
-        odd = (bits >> np.uint32(16)) & np.uint32(1)
-        rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        overflown = (rounded & np.uint32(0x7FFF)) == 0x7F80
-        narrow: NDArray[np.uint16] = (rounded - overflown).astype(np.uint16)
-        return narrow
+        bits = np.empty(values.shape, np.uint16)
+        _to_bf16(values.reshape(-1), bits.reshape(-1))
+        return bits
     if dtype == np.float16:
         return np.clip(values, -65504, 65504).astype(np.float16)
     return values
