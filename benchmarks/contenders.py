@@ -4,15 +4,28 @@ Each is a pair of functions over bytes; those of a library that is not installed
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import numpy as np
 import zstandard
 
-from mcp_vllm.codec import ChunkLayout, decode_frame_into, encode_frame, get_codec
+from mcp_vllm.codec import ChunkLayout, Codec, decode_frame_into, encode_frame, get_codec
+from mcp_vllm.codec.calibration import Calibration
 
 KEY = bytes(32)
+STEPS = ("small:0.014", "small:0.02", "small:0.03")
+
+
+class Chunk(bytes):
+    """Raw bytes that know how many chunks of their context came before."""
+
+    position: int
+
+    def __new__(cls, raw: bytes, position: int) -> "Chunk":
+        chunk = super().__new__(cls, raw)
+        chunk.position = position
+        return chunk
 
 
 @dataclass(frozen=True)
@@ -20,21 +33,40 @@ class Contender:
     """``decode`` gets what ``encode`` gave, and the raw size in bytes."""
 
     name: str
-    encode: Callable[[bytes], bytes]
+    encode: Callable[[Chunk], bytes]
     decode: Callable[[bytes, int], bytes | bytearray]
     ours: bool = False
+    lossless: bool = True
 
 
-def _frames(name: str, codec_name: str, level: int, layout: ChunkLayout) -> Contender:
+def _frames(
+    name: str, codec: Codec, layout: ChunkLayout, calibration: Calibration | None = None
+) -> Contender:
     """Header, checksums and key check included."""
-    codec = get_codec(codec_name, level)
 
     def decode(frame: bytes, raw_size: int) -> bytearray:
         out = bytearray(raw_size)
-        decode_frame_into(frame, memoryview(out), key=KEY)
+        view = memoryview(out)
+        decode_frame_into(frame, view, key=KEY, kv=layout.kv, calibration=calibration)
         return out
 
-    return Contender(name, lambda raw: encode_frame(KEY, raw, layout, codec), decode, ours=True)
+    def encode(raw: Chunk) -> bytes:
+        return encode_frame(KEY, raw, replace(layout, position=raw.position), codec)
+
+    return Contender(f"mcp {name}", encode, decode, ours=True, lossless=codec.lossless)
+
+
+def lossy_contenders(layout: ChunkLayout, calibration: Calibration | None) -> list[Contender]:
+    """The tiers, and steps between and beyond them; without a calibration the one that needs none.
+
+    ``layout`` knows its planes.
+    """
+    made = [_frames("near-lossless", get_codec("near-lossless"), layout)]
+    for label in ("balanced", "small", *STEPS) if calibration else ():
+        name, _, step = label.partition(":")
+        codec = get_codec(name, calibration=calibration, step=float(step) if step else None)
+        made.append(_frames(label, codec, layout, calibration))
+    return made
 
 
 def _zstd(level: int) -> Contender:
@@ -100,13 +132,11 @@ def _pcodec(level: int) -> Contender:
 
 
 def contenders(layout: ChunkLayout) -> list[Contender]:
-    """All that can run here, ours first."""
+    """All without loss that can run here, ours first."""
     made = [
-        _frames("mcp raw", "raw", 3, layout),
-        _frames("mcp zstd-1 (byte planes)", "zstd", 1, layout),
-        _frames("mcp zstd-3 (byte planes)", "zstd", 3, layout),
-        _frames("mcp zstd-9 (byte planes)", "zstd", 9, layout),
-        _frames("mcp lossless", "lossless", 3, layout),
+        _frames("raw", get_codec("raw"), layout),
+        *(_frames(f"zstd-{n} (byte planes)", get_codec("zstd", n), layout) for n in (1, 3, 9)),
+        _frames("lossless", get_codec("lossless"), layout),
         *map(_zstd, (1, 3, 9)),
     ]
     for make in (

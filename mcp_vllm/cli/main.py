@@ -29,6 +29,8 @@ COMMANDS = {
     "doctor": Command("mcp_vllm.cli.doctor", "Say what would stop it from working here."),
     "sessions": Command("mcp_vllm.cli.sessions", "List, move, fork, pin, park, export sessions."),
     "peers": Command("mcp_vllm.cli.peers", "Show the peers, their links and codecs."),
+    "codec": Command("mcp_vllm.cli.codec", "Calibrate lossy codecs for a model."),
+    "bench": Command("mcp_vllm.cli.bench", "Measure what a lossy codec costs your model."),
     "config": Command("mcp_vllm.cli.config", "Check a configuration file, show the settings."),
 }
 

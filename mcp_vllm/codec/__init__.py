@@ -13,7 +13,8 @@ from mcp_vllm.codec.frame import (
     read_header,
 )
 from mcp_vllm.codec.layout import ChunkLayout
-from mcp_vllm.codec.registry import codec_names, get_codec
+from mcp_vllm.codec.planes import KVLayout, Plane
+from mcp_vllm.codec.registry import codec_names, get_codec, lossless_names, needs_calibration
 
 __all__ = [
     "FRAME_PREFIX_SIZE",
@@ -23,9 +24,13 @@ __all__ = [
     "CodecError",
     "FrameError",
     "FrameHeader",
+    "KVLayout",
+    "Plane",
     "codec_names",
     "decode_frame_into",
     "encode_frame",
     "get_codec",
+    "lossless_names",
+    "needs_calibration",
     "read_header",
 ]

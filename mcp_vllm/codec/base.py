@@ -7,6 +7,7 @@ zstandard context) lives in a ``threading.local``. Framing, keys and checksums a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-MAX_PARTS = 8
+MAX_PARTS = 12
 
 
 def flat_bytes(buffer: Buffer) -> memoryview:
@@ -29,6 +30,18 @@ def flat_bytes(buffer: Buffer) -> memoryview:
         raise CodecError("a chunk must be one contiguous buffer; copy it into one first")
     # cast() refuses views whose shape has a zero in it.
     return view.cast("B") if view.nbytes else memoryview(bytearray())
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """``parts``, at most MAX_PARTS, and the codec that they are of.
+
+    That is the codec which was asked, or one that took its place: a lossy codec leaves to a
+    lossless one what it does not understand.
+    """
+
+    codec: Codec
+    parts: Sequence[Buffer]
 
 
 class Codec(ABC):
@@ -42,15 +55,16 @@ class Codec(ABC):
     lossless: ClassVar[bool]
 
     @abstractmethod
-    def encode(self, raw: Buffer, layout: ChunkLayout) -> Sequence[Buffer]:
-        """At most MAX_PARTS buffers, which may alias ``raw``; ``raw`` itself is not modified."""
+    def encode(self, raw: Buffer, layout: ChunkLayout) -> Encoded:
+        """Buffers that may alias ``raw``; ``raw`` itself is not modified."""
 
     @abstractmethod
     def decode_into(self, parts: Sequence[Buffer], out: memoryview, layout: ChunkLayout) -> None:
         """Fill ``out`` (uint8, writable, exactly the raw size) from the parts.
 
         Parts are untrusted: anything wrong with them is a FrameError, memory stays within a small
-        multiple of ``len(out)``, and after an error the content of ``out`` is undefined.
+        multiple of ``len(out)``, and after an error the content of ``out`` is undefined. A lossless
+        codec heeds nothing of the layout but its element and channels, which the frame carries.
         """
 
 
@@ -61,8 +75,8 @@ class RawCodec(Codec):
     codec_id = 0
     lossless = True
 
-    def encode(self, raw: Buffer, layout: ChunkLayout) -> Sequence[Buffer]:
-        return [flat_bytes(raw)]
+    def encode(self, raw: Buffer, layout: ChunkLayout) -> Encoded:
+        return Encoded(self, [flat_bytes(raw)])
 
     def decode_into(self, parts: Sequence[Buffer], out: memoryview, layout: ChunkLayout) -> None:
         if len(parts) != 1 or memoryview(parts[0]).nbytes != out.nbytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zstandard
 
-from mcp_vllm.codec.base import Codec, flat_bytes
+from mcp_vllm.codec.base import Codec, Encoded, flat_bytes
 from mcp_vllm.codec.errors import CodecError, FrameError
 from mcp_vllm.codec.layout import ChunkLayout
 
@@ -100,11 +100,11 @@ class BytePlaneZstdCodec(Codec):
             raise CodecError(f"zstd level {level} is outside {LEVELS[0]}..{LEVELS[-1]}")
         self._level = level
 
-    def encode(self, raw: Buffer, layout: ChunkLayout) -> Sequence[Buffer]:
+    def encode(self, raw: Buffer, layout: ChunkLayout) -> Encoded:
         source = flat_bytes(raw)
         width = layout.element_size_bytes
         planes = source if width == 1 else _split_planes(source, width)
-        return [compressor(self._level).compress(planes)]
+        return Encoded(self, [compressor(self._level).compress(planes)])
 
     def decode_into(self, parts: Sequence[Buffer], out: memoryview, layout: ChunkLayout) -> None:
         if len(parts) != 1:

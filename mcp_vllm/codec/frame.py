@@ -6,30 +6,34 @@ All integers are little-endian. The header is followed by the parts, without pad
 offset bytes field
 ====== ===== ==================================================================================
 0      4     magic, ``MCPF``
-4      1     format version, 1
+4      1     format version, 2
 5      1     codec id (registry.py); the codec defines what its parts hold
 6      1     element type, an index into layout.ELEMENTS
-7      1     number of parts P, 0..8
+7      1     number of parts P, 0..12
 8      4     channels (ChunkLayout.channels)
 12     2     key length K, 0..256
 14     2     zero
 16     8     raw size
 24     8     frame size: header and parts
-32     16    xxh3_128 of the raw bytes, canonical byte order
+32     16    xxh3_128, canonical byte order: of the raw bytes where the codec is lossless, else of
+             the parts
 48     K     key
 48+K   8 P   size of each part
 48+K+8P 8    xxh3_64 of all header bytes before this, canonical byte order
 ====== ===== ==================================================================================
 
 A frame is never larger than its header plus the raw bytes, so ``raw size`` bounds everything. The
-checksums guard against accidents, not against an adversary: authenticity is the transport's matter,
-but a decoder fed hostile bytes still raises CodecError only and allocates within that bound.
+checksum of a lossy frame covers what was coded, since decoded floats may differ in their last bits
+from CPU to CPU; it is verified before anything is decoded. (An encoder that checked its own output
+would pay for a decoding, and find only faults of its own.) Checksums guard against accidents, not
+against an adversary: authenticity is the transport's matter, but a decoder fed hostile bytes still
+raises CodecError only and allocates within that bound.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -38,13 +42,16 @@ import xxhash
 from mcp_vllm.codec.base import MAX_PARTS, Codec, RawCodec, flat_bytes
 from mcp_vllm.codec.errors import ChecksumError, CodecError, FrameError
 from mcp_vllm.codec.layout import ELEMENTS, ChunkLayout
-from mcp_vllm.codec.registry import codec_name_of_id, get_codec
+from mcp_vllm.codec.registry import codec_name_of_id, get_codec, is_lossless
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from mcp_vllm.codec.calibration import Calibration
+    from mcp_vllm.codec.planes import KVLayout
+
 MAGIC = b"MCPF"
-VERSION = 1
+VERSION = 2
 MAX_KEY_SIZE = 256
 
 _FIXED = struct.Struct("<4sBBBBIHHQQ16s")
@@ -60,7 +67,11 @@ FRAME_PREFIX_SIZE = (
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """What a frame says about itself. Sizes are in bytes; ``checksum`` is of the raw bytes."""
+    """What a frame says about itself. Sizes are in bytes.
+
+    ``checksum`` is of the raw bytes where ``lossless``, else of the parts. ``layout`` is what the
+    frame carries: neither planes nor position.
+    """
 
     version: int
     codec_id: int
@@ -85,16 +96,31 @@ def encode_frame(key: bytes, raw: Buffer, layout: ChunkLayout, codec: Codec) -> 
             f"key of {len(key)} bytes is longer than {MAX_KEY_SIZE}: {key[:16].hex()}..."
         )
     source = flat_bytes(raw)
-    parts = [flat_bytes(part) for part in codec.encode(source, layout)]
-    codec_id = codec.codec_id
+    encoded = codec.encode(source, layout)
+    parts = [flat_bytes(part) for part in encoded.parts]
+    codec = encoded.codec
     if sum(map(len, parts)) >= len(source):
-        parts, codec_id = [source], RawCodec.codec_id
-    header = _pack_header(key, source, layout, codec_id, [len(part) for part in parts])
+        parts, codec = [source], RawCodec()
+    checksum = xxhash.xxh3_128_digest(source) if codec.lossless else _checksum_of_parts(parts)
+    part_sizes = [len(part) for part in parts]
+    header = _pack_header(key, len(source), layout, codec.codec_id, part_sizes, checksum)
     return b"".join([header, *parts])
 
 
+def _checksum_of_parts(parts: list[memoryview]) -> bytes:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
 def _pack_header(
-    key: bytes, raw: memoryview, layout: ChunkLayout, codec_id: int, part_sizes: list[int]
+    key: bytes,
+    raw_size: int,
+    layout: ChunkLayout,
+    codec_id: int,
+    part_sizes: list[int],
+    checksum: bytes,
 ) -> bytes:
     header_size = _header_size(len(key), len(part_sizes))
     fixed = _FIXED.pack(
@@ -106,9 +132,9 @@ def _pack_header(
         layout.channels,
         len(key),
         0,
-        len(raw),
+        raw_size,
         header_size + sum(part_sizes),
-        xxhash.xxh3_128_digest(raw),
+        checksum,
     )
     header = fixed + key + struct.pack(f"<{len(part_sizes)}Q", *part_sizes)
     return header + xxhash.xxh3_64_digest(header)
@@ -162,16 +188,24 @@ def read_header(frame_prefix: Buffer, *, max_raw_size: int) -> FrameHeader:
         frame_size=frame_size,
         checksum=checksum,
         layout=ChunkLayout(ELEMENTS[element_index], channels),
-        lossless=True,
+        lossless=is_lossless(codec_id),
         part_sizes=part_sizes,
     )
 
 
-def decode_frame_into(frame: Buffer, out: memoryview, *, key: bytes) -> FrameHeader:
+def decode_frame_into(
+    frame: Buffer,
+    out: memoryview,
+    *,
+    key: bytes,
+    kv: KVLayout | None = None,
+    calibration: Calibration | None = None,
+) -> FrameHeader:
     """Decode a whole frame of chunk ``key`` straight into ``out``, and verify it.
 
-    ``out`` is writable, contiguous and exactly the raw size. Raises CodecError subclasses only;
-    after one, the content of ``out`` is undefined and must not reach an engine.
+    ``out`` is writable, contiguous and exactly the raw size. Lossy frames also need the receiver's
+    own layout of the chunk, and all but `near-lossless` the sender's calibration. Raises CodecError
+    subclasses only; after one, the content of ``out`` is undefined and must not reach an engine.
     """
     source = flat_bytes(frame)
     target = flat_bytes(out)
@@ -186,7 +220,10 @@ def decode_frame_into(frame: Buffer, out: memoryview, *, key: bytes) -> FrameHea
         raise FrameError(f"frame is {len(source)} bytes long, its header says {header.frame_size}")
     ends = list(accumulate(header.part_sizes, initial=header.header_size))
     parts = [source[start:end] for start, end in pairwise(ends)]
-    get_codec(header.codec_name).decode_into(parts, target, header.layout)
-    if xxhash.xxh3_128_digest(target) != header.checksum:
+    if not header.lossless and _checksum_of_parts(parts) != header.checksum:
+        raise ChecksumError(f"the parts of chunk {key.hex()} do not match their checksum")
+    layout = replace(header.layout, kv=kv)
+    get_codec(header.codec_name, calibration=calibration).decode_into(parts, target, layout)
+    if header.lossless and xxhash.xxh3_128_digest(target) != header.checksum:
         raise ChecksumError(f"decoded bytes of chunk {key.hex()} do not match their checksum")
     return header

@@ -1,18 +1,21 @@
 """What the bytes of a chunk mean: the element type and the channel axis.
 
-A layout never decides whether bytes survive (they always do), only how well they compress.
+For a lossless codec a layout never decides whether bytes survive (they always do), only how well
+they compress.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mcp_vllm.codec.errors import CodecError
+from mcp_vllm.codec.planes import KVLayout
 
 Element = Literal["bf16", "f16", "f32", "f8", "u8"]
 
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 ELEMENT_SIZE_BYTES: dict[Element, int] = {"bf16": 2, "f16": 2, "f32": 4, "f8": 1, "u8": 1}
 MAX_CHANNELS = 2**32 - 1
+MAX_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,28 @@ class ChunkLayout:
     ``channels`` is the length, in elements, of the contiguous innermost axis: two elements that far
     apart belong to the same channel of neighbouring tokens. 1 means unknown. See docs/codec.md for
     what to pass for each vLLM page layout.
+
+    Lossy codecs need to know more, and code without loss where they do not:
+
+    Attributes:
+        kv: where the K and V of each layer lie; None: unknown. Not in the frame.
+        position: how many chunks precede this one in its context; all chunks of a ``kv`` have
+            equally many tokens. A chunk whose position is not told counts as the first.
     """
 
     element: Element
     channels: int = 1
+    kv: KVLayout | None = None
+    position: int = 0
 
     def __post_init__(self) -> None:
         if self.element not in ELEMENTS:
             raise CodecError(f"element {self.element!r} is not one of {', '.join(ELEMENTS)}")
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise CodecError(f"channels={self.channels} is outside 1..{MAX_CHANNELS}")
+        num_tokens = self.kv.num_tokens if self.kv else 1
+        if not 0 <= self.position * num_tokens <= MAX_TOKENS:
+            raise CodecError(f"position={self.position} is past the token {MAX_TOKENS}")
 
     @property
     def element_size_bytes(self) -> int:

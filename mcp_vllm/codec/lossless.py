@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcp_vllm.codec import cells, rans
-from mcp_vllm.codec.base import Codec, flat_bytes
+from mcp_vllm.codec.base import Codec, Encoded, flat_bytes
 from mcp_vllm.codec.byte_planes import (
     DEFAULT_LEVEL,
     BytePlaneZstdCodec,
@@ -224,12 +224,12 @@ class LosslessCodec(Codec):
         self._byte_planes = BytePlaneZstdCodec(level)
         self._level = level
 
-    def encode(self, raw: Buffer, layout: ChunkLayout) -> Sequence[Buffer]:
+    def encode(self, raw: Buffer, layout: ChunkLayout) -> Encoded:
         source = flat_bytes(raw)
         width = layout.element_size_bytes
         num_symbols = len(source) // width
         if not _has_symbols(layout, num_symbols):
-            return self._byte_planes.encode(source, layout)
+            return Encoded(self, self._byte_planes.encode(source, layout).parts)
         elements = _aligned(source[: num_symbols * width], _ROTATED[width])
         symbols = _scratch("symbols", num_symbols)
         residuals = np.empty((width - 1, num_symbols), np.uint8)  # Parts themselves, so no scratch.
@@ -237,7 +237,7 @@ class LosslessCodec(Codec):
         parts = self._encode_symbols(symbols, layout.channels, _BINADE[layout.element])
         parts += [self._encode_residual(plane) for plane in residuals]
         tail = source[num_symbols * width :]
-        return [*parts, tail] if tail else parts
+        return Encoded(self, [*parts, tail] if tail else parts)
 
     def _encode_symbols(self, symbols: UInt8s, channels: int, binade: int) -> list[Buffer]:
         channels = cells.unit_channels(channels, symbols.size)

@@ -1,13 +1,9 @@
 """Chunks that stress a float codec."""
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from mcp_vllm.codec.layout import ELEMENTS, ChunkLayout
-
-settings.register_profile("codec", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("codec")
 
 
 def bf16_kv(num_tokens: int, channels: int, seed: int = 0) -> bytes:

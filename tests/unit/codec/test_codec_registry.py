@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from mcp_vllm.codec import ChunkLayout, CodecError, codec_names, encode_frame, get_codec
+from mcp_vllm.codec import ChunkLayout, CodecError, encode_frame, get_codec, lossless_names
 
 
 def test_every_known_name_gives_its_codec():
-    assert [get_codec(name).name for name in codec_names()] == list(codec_names())
+    assert [get_codec(name).name for name in lossless_names()] == list(lossless_names())
 
 
 def test_unknown_name_is_refused_with_the_nearest_known_one():

@@ -1,0 +1,244 @@
+"""The lossy tiers `balanced` and `small`: values decorrelated, quantised, entropy-coded.
+
+Head (lossy.py): the calibration's fingerprint (uint8[16]) and the step (float32). Parts: the rANS
+stream of the coefficients (integers.py), its escapes.
+
+Which coefficients are kept, and their tables, follow from the calibration and the step alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mcp_vllm.codec import integers, rotation, tables
+from mcp_vllm.codec.calibration import FINGERPRINT_SIZE, Band, Calibration
+from mcp_vllm.codec.errors import CodecError, FrameError
+from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS, LossyCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+    from mcp_vllm.codec.kernel import Float32s
+    from mcp_vllm.codec.planes import KVLayout
+
+_HEAD = struct.Struct(f"<{FINGERPRINT_SIZE}sf")
+_MAX_STEP = 1e6
+_MIN_STEP = 1e-6
+# Coefficients that deviate by less, in steps, are not kept: below 1 / sqrt(12), about, an error of
+# rounding would be as large as the coefficient.
+_NARROWEST = 0.25
+# Classes of deviations, from there on.
+_CLASSES_PER_OCTAVE = 2
+_NUM_CLASSES = 26
+# From this class on a byte is too small, and low bits are coded apart.
+_FIRST_WIDE_CLASS = 13
+_MAX_PLANS = 64
+
+
+def to_coefficients(values: Any, mean: Any, analysis: Any) -> Any:
+    """[token, channel] to [token, coefficient] in steps; numpy arrays or torch tensors alike."""
+    return (values - mean) @ analysis
+
+
+def to_values(coefficients: Any, mean: Any, synthesis: Any) -> Any:
+    """The inverse of to_coefficients, as far as coefficients were kept."""
+    return coefficients @ synthesis + mean
+
+
+@dataclass(frozen=True)
+class _BandPlan:
+    """A band and what of it applies to one layout and step.
+
+    Attributes:
+        spans: columns of the chunk's values that hold the band's channels, in their order.
+        keys: of these, the heads of K to turn back by the band's rotary frequencies.
+        kept: columns of the chunk's coefficients that hold the band's first ones.
+    """
+
+    band: Band
+    spans: tuple[slice, ...]
+    keys: tuple[slice, ...]
+    kept: slice
+
+    @property
+    def num_kept(self) -> int:
+        num_kept: int = self.kept.stop - self.kept.start
+        return num_kept
+
+
+@dataclass(frozen=True)
+class _Plan:
+    bands: tuple[_BandPlan, ...]
+    columns: integers.Columns
+
+
+@lru_cache(maxsize=_MAX_PLANS)
+def _plan(calibration: Calibration, layout: KVLayout, step: float) -> _Plan:
+    """CodecError when the calibration does not know the layout's heads."""
+    columns = layout.columns
+    bounds = np.array([_NARROWEST * step * spread for spread in _spreads()])
+    plans, classes, num_kept = [], [], 0
+    for band in calibration.bands:
+        if not all(source in columns for source in band.sources):
+            continue
+        spans = tuple(columns[source] for source in band.sources)
+        if sum(span.stop - span.start for span in spans) != len(band.mean):
+            raise CodecError(
+                f"calibration {calibration} has another head size than layer"
+                f" {band.sources[0].layer} of this engine"
+            )
+        keys = tuple(columns[s] for s in band.sources if s.kind == "k" and len(band.frequencies))
+        # Classes of falling deviations: -1 is below the first bound, and not kept.
+        of_band = np.searchsorted(bounds, band.deviation.astype(np.float64), side="right") - 1
+        past = num_kept + int((of_band >= 0).sum())
+        plans.append(_BandPlan(band, spans, keys, slice(num_kept, past)))
+        classes.append(of_band[: past - num_kept])
+        num_kept = past
+    missing = set(columns) - {source for plan in plans for source in plan.band.sources}
+    if missing:
+        raise CodecError(f"calibration {calibration} lacks {min(missing)} of this engine's layers")
+    return _Plan(tuple(plans), _columns(np.concatenate(classes), calibration))
+
+
+def _columns(classes: Any, calibration: Calibration) -> integers.Columns:
+    is_wide = classes >= _FIRST_WIDE_CLASS
+    lows = np.where(is_wide, len(classes) + np.cumsum(is_wide) - 1, -1).astype(np.int64)
+    symbol_classes = np.append(classes, np.full(int(is_wide.sum()), _NUM_CLASSES))
+    # A class is coded for its middle, in the logarithm.
+    deviations = _NARROWEST * _spreads() * np.sqrt(np.sqrt(2.0))
+    deviations[_FIRST_WIDE_CLASS:] /= integers.LOW_VALUES
+    of_classes = tables.of_tail(calibration.tail, Calibration.TAIL_REACH, deviations)
+    with_lows = tables.with_uniform(of_classes, integers.LOW_VALUES)
+    return integers.Columns(symbol_classes.astype(np.uint8), lows, with_lows)
+
+
+def _spreads() -> Any:
+    """float64 [class], lower bounds in units of the first: 1, sqrt(2), 2, ... exactly rounded."""
+    octaves = np.array([float(1 << (c // _CLASSES_PER_OCTAVE)) for c in range(_NUM_CLASSES)])
+    odd = np.arange(_NUM_CLASSES) % _CLASSES_PER_OCTAVE == 1
+    return np.where(odd, octaves * np.sqrt(2.0), octaves)
+
+
+class TransformCodec(LossyCodec):
+    """See the module's docstring. Subclasses are tiers: a name, an id, a step for their promise.
+
+    Attributes:
+        step: quantisation step, in the calibration's unit of harm; larger is smaller and worse.
+    """
+
+    NUM_PARTS = 2
+    default_step: ClassVar[float]
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        step: float | None = None,
+        num_exact_tokens: int = NUM_EXACT_TOKENS,
+    ) -> None:
+        super().__init__(num_exact_tokens)
+        # As the frame carries it.
+        self.step = float(np.float32(self.default_step if step is None else step))
+        if not _MIN_STEP <= self.step <= _MAX_STEP:
+            raise CodecError(f"step {step} is outside {_MIN_STEP}..{_MAX_STEP}")
+        self.calibration = calibration
+
+    def encode_values(
+        self, values: Float32s, kv: KVLayout, first_token: int
+    ) -> tuple[bytes, Sequence[Buffer]] | None:
+        plan = _plan(self.calibration, kv, self.step)
+        coefficients = _coefficients(values, plan, first_token, self.step)
+        coded = integers.encode(coefficients, plan.columns)
+        return coded and (_HEAD.pack(self.calibration.fingerprint, self.step), coded)
+
+    def decode_values(
+        self, head: memoryview, parts: list[memoryview], kv: KVLayout, tokens: range
+    ) -> Float32s:
+        if len(head) != _HEAD.size:
+            raise FrameError(f"a {self.name} frame lacks the end of its head")
+        fingerprint, step = _HEAD.unpack(head)
+        if fingerprint != self.calibration.fingerprint:
+            raise CodecError(
+                f"frame was coded with calibration {fingerprint.hex()}, here is {self.calibration};"
+                " give both engines the same file"
+            )
+        if not _MIN_STEP <= step <= _MAX_STEP:
+            raise FrameError(f"a {self.name} frame claims a step of {step}")
+        plan = _plan(self.calibration, kv, step)
+        steps = integers.decode(parts[0], parts[1], len(tokens), plan.columns)
+        return _values(steps, plan, tokens.start, step, kv.num_channels)
+
+
+def _coefficients(values: Float32s, plan: _Plan, first_token: int, step: float) -> Float32s:
+    """In steps, not yet rounded: float32 [token, kept coefficient]; changes ``values``."""
+    num_kept = plan.bands[-1].kept.stop
+    coefficients = np.empty((len(values), num_kept), np.float32)
+    with np.errstate(all="ignore"):  # What is not finite is found when it is rounded.
+        _turn_keys(values, plan, first_token, backwards=True)
+        for each in plan.bands:
+            of_band = _concatenated(values, each.spans)
+            analysis = each.band.analysis[:, : each.num_kept]
+            coefficients[:, each.kept] = to_coefficients(of_band, each.band.mean, analysis)
+        coefficients *= np.float32(1.0 / step)
+    return coefficients
+
+
+def _concatenated(values: Float32s, spans: tuple[slice, ...]) -> Float32s:
+    if all(left.stop == right.start for left, right in pairwise(spans)):
+        return values[:, spans[0].start : spans[-1].stop]
+    return np.concatenate([values[:, span] for span in spans], axis=1)
+
+
+def _values(
+    steps: Float32s, plan: _Plan, first_token: int, step: float, num_channels: int
+) -> Float32s:
+    """The inverse of _coefficients; always finite."""
+    steps *= np.float32(step)
+    values = np.empty((len(steps), num_channels), np.float32)
+    for each in plan.bands:
+        synthesis = each.band.synthesis[: each.num_kept]
+        of_band = to_values(steps[:, each.kept], each.band.mean, synthesis)
+        start = 0
+        for span in each.spans:
+            width = span.stop - span.start
+            values[:, span] = of_band[:, start : start + width]
+            start += width
+    _turn_keys(values, plan, first_token, backwards=False)
+    return values
+
+
+def _turn_keys(values: Float32s, plan: _Plan, first_token: int, *, backwards: bool) -> None:
+    turns: dict[bytes, tuple[Any, Any]] = {}
+    for each in plan.bands:
+        if not each.keys:
+            continue
+        frequencies = each.band.frequencies
+        name = frequencies.tobytes()
+        if name not in turns:
+            turns[name] = rotation.angles(frequencies, first_token, len(values))
+        cosines, sines = turns[name]
+        for span in each.keys:
+            rotation.rotate(values[:, span], cosines, -sines if backwards else sines)
+
+
+class BalancedCodec(TransformCodec):
+    """The tier whose loss is within the noise of most measurements."""
+
+    name = "balanced"
+    codec_id = 4
+    default_step = 0.005
+
+
+class SmallCodec(TransformCodec):
+    """The tier for thin links."""
+
+    name = "small"
+    codec_id = 5
+    default_step = 0.01
