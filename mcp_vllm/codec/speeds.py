@@ -14,6 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -26,6 +27,7 @@ from mcp_vllm.codec.layout import ChunkLayout
 NUM_TOKENS = 512
 CHANNELS = 256
 REPEATS = 3
+PLAIN = ChunkLayout("bf16", CHANNELS)
 _KEY = b"speed"
 
 
@@ -37,42 +39,52 @@ class Speed(msgspec.Struct, frozen=True):
     ratio: float
 
 
-def measure(codec: Codec) -> Speed:
-    """Encode and decode a quarter of a MiB a few times."""
-    raw = _synthetic_chunk()
-    layout = ChunkLayout("bf16", CHANNELS)
-    frame = encode_frame(_KEY, raw, layout, codec)
+def measure(
+    codec: Codec, layout: ChunkLayout = PLAIN, num_bytes: int = 2 * NUM_TOKENS * CHANNELS
+) -> Speed:
+    """Encode and decode a chunk of that layout and size a few times."""
+    raw = _synthetic_chunk(num_bytes)
+    later = replace(layout, position=1)  # The first of a context is coded with more care.
+    frame = encode_frame(_KEY, raw, later, codec)
     out = memoryview(bytearray(len(raw)))
-    encode_s = _best_s(lambda: encode_frame(_KEY, raw, layout, codec))
-    decode_s = _best_s(lambda: decode_frame_into(frame, out, key=_KEY))
+    calibration = getattr(codec, "calibration", None)
+    encode_s = _best_s(lambda: encode_frame(_KEY, raw, later, codec))
+    decode_s = _best_s(
+        lambda: decode_frame_into(frame, out, key=_KEY, kv=layout.kv, calibration=calibration)
+    )
     return Speed(len(raw) / encode_s, len(raw) / decode_s, len(raw) / len(frame))
 
 
 def remembered(
-    codecs: Mapping[str, Callable[[], Codec]], version: str, folder: Path
+    codecs: Mapping[str, Codec],
+    version: str,
+    folder: Path,
+    layout: ChunkLayout = PLAIN,
+    num_bytes: int = 2 * NUM_TOKENS * CHANNELS,
 ) -> dict[str, Speed]:
     """The speeds of these codecs (by name), from the file of an earlier process where possible.
 
-    `version` is the program's: another one may be faster. A file that cannot be read is replaced,
+    `version` is the program's and what else makes codecs of one name differ. A file that cannot be read is replaced,
     one that cannot be written is done without.
     """
     path = folder / f"codec-speeds-{_machine(version)}.json"
     known = _read(path)
     missing = [name for name in codecs if name not in known]
     for name in missing:
-        known[name] = measure(codecs[name]())
+        known[name] = measure(codecs[name], layout, num_bytes)
     if missing:
         with contextlib.suppress(OSError):
             _write(path, known)
     return {name: known[name] for name in codecs}
 
 
-def _synthetic_chunk() -> bytes:
-    """bf16 [token, channel]."""
+def _synthetic_chunk(num_bytes: int) -> bytes:
+    """bf16 [token, channel], cut to that size; read as another type it is as good as any."""
     random = np.random.default_rng(0)
     scales = np.exp(random.normal(0, 1.5, CHANNELS))
-    values = (random.normal(0, 1, (NUM_TOKENS, CHANNELS)) * scales).astype(np.float32)
-    patterns: bytes = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    num_tokens = -(-num_bytes // (2 * CHANNELS))
+    values = (random.normal(0, 1, (num_tokens, CHANNELS)) * scales).astype(np.float32)
+    patterns: bytes = (values.view(np.uint32) >> 16).astype("<u2").tobytes()[:num_bytes]
     return patterns
 
 

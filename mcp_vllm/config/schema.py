@@ -123,6 +123,10 @@ class CodecConfig(_Section):
     """Tenants that `lossy` is for; empty: for all. With tenants named, it holds for their requests
     with a `cache_salt`: without one, blocks are shared with the other tenants by their content."""
 
+    calibration: Path | None = None
+    """What `mcp-vllm codec calibrate` wrote, for `balanced` and `small`. Unset: in the cache folder,
+    where it is found by the model's weights."""
+
     def lossy_for(self, tenant: str, salted: bool) -> tuple[str, ...]:
         """The lossy tiers that a request of `tenant` accepts."""
         everybody = not self.lossy_tenants

@@ -106,6 +106,7 @@ class AgentLink:
         self.counters = LinkCounters()
         self.lookup_s = 0.05
         self.asks_peers = True
+        self.wants_positions = False
         self._load_s = 10.0
         self._commands: deque[protocol.EngineMessage | tuple[protocol.Load, Sequence[int]]] = (
             deque()
@@ -258,6 +259,7 @@ class AgentLink:
         self._groups = hello.groups
         self.lookup_s = welcome.lookup_ms / 1000
         self.asks_peers = welcome.asks_peers
+        self.wants_positions = welcome.wants_positions
         self._load_s = welcome.load_ms / 1000
         self.counters.connects += 1
         self._connected.set()

@@ -39,18 +39,20 @@ an unknown message or a message that does not fit its schema ends the connection
 
 from __future__ import annotations
 
+import functools
 import struct
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
-from mcp_vllm.codec import ChunkLayout
+from mcp_vllm.codec import ChunkLayout, CodecError, KVLayout, planes
 from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.errors import McpError
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 16 << 20
 MAX_KEY_BYTES: Final = 128
+MAX_PAGES: Final = 1 << 16
 LENGTH: Final = struct.Struct(">I")
 
 Key = bytes
@@ -65,6 +67,27 @@ class LinkError(McpError):
     """The other side broke the protocol or went away."""
 
 
+Arrangement = Literal["token-major", "channel-major-keys", "latent"]
+
+
+class PageLayout(msgspec.Struct, frozen=True):
+    """What the pages of a chunk hold, where that is known: lossy codecs need it (`codec.planes`).
+
+    Attributes:
+        layers: the model's own index of each layer, in the order of their pages.
+        num_blocks: pages of a layer in a chunk, one after the other.
+        num_heads: KV heads; 1 of a latent.
+        head_dim: channels of a head, or of a latent.
+    """
+
+    arrangement: Arrangement
+    layers: tuple[int, ...]
+    num_blocks: int
+    block_tokens: int
+    num_heads: int
+    head_dim: int
+
+
 class GroupLayout(msgspec.Struct, frozen=True):
     """How one KV cache group's chunk lies in a host chunk.
 
@@ -72,11 +95,13 @@ class GroupLayout(msgspec.Struct, frozen=True):
         spans: (offset, length) in bytes of the parts in use; what lies between belongs to others.
         element: KV element type, as `ChunkLayout.element`.
         channels: elements along the innermost axis, as `ChunkLayout.channels`.
+        pages: None where it is not known what they hold.
     """
 
     spans: tuple[tuple[int, int], ...]
     element: str
     channels: int
+    pages: PageLayout | None = None
 
     @property
     def raw_bytes(self) -> int:
@@ -84,7 +109,26 @@ class GroupLayout(msgspec.Struct, frozen=True):
 
     @property
     def codec_layout(self) -> ChunkLayout:
-        return ChunkLayout(element=self.element, channels=self.channels)  # type: ignore[arg-type]
+        """Raises CodecError when the description contradicts itself."""
+        kv = _kv_layout(self.pages) if self.pages else None
+        layout = ChunkLayout(self.element, self.channels, kv)  # type: ignore[arg-type]
+        if kv and kv.num_elements * layout.element_size_bytes != self.raw_bytes:
+            raise CodecError(f"pages of {kv.num_elements} elements in {self.raw_bytes} bytes")
+        return layout
+
+
+@functools.lru_cache(maxsize=256)
+def _kv_layout(pages: PageLayout) -> KVLayout:
+    if len(pages.layers) * pages.num_blocks > MAX_PAGES:
+        raise CodecError(f"a chunk of more than {MAX_PAGES} pages")
+    sizes = (pages.layers, pages.num_blocks, pages.block_tokens)
+    match pages.arrangement:
+        case "token-major":
+            return planes.token_major(*sizes, pages.num_heads, pages.head_dim)
+        case "channel-major-keys":
+            return planes.channel_major_keys(*sizes, pages.num_heads, pages.head_dim)
+        case "latent":
+            return planes.latent(*sizes, pages.head_dim)
 
 
 class Hello(msgspec.Struct, tag=True):
@@ -108,6 +152,7 @@ class Welcome(msgspec.Struct, tag=True):
     lookup_ms: int
     load_ms: int
     asks_peers: bool = True
+    wants_positions: bool = False
 
 
 class Refused(msgspec.Struct, tag=True):
@@ -193,12 +238,14 @@ class Store(msgspec.Struct, tag=True):
 
     Attributes:
         loss: the worst loss of the context that the chunks were computed from (`codec.loss`).
+        positions: of each key in its chain; empty unless the agent wants them.
     """
 
     job_id: int
     keys: list[Key]
     chunk_ids: list[int]
     loss: str = EXACT
+    positions: list[int] = []
 
 
 class Stored(msgspec.Struct, tag=True):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_offload.base import OffloadKey
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,11 @@ class MCPConnector(OffloadingConnector):
             if spec.config.parallel.data_parallel_index == 0:
                 self._supervisor = AgentSupervisor(config.to_json(), str(socket_path))
         start_agent = self._supervisor.ensure_running if self._supervisor else _nothing
-        tier.start(str(socket_path), make_hello, start_agent, START_WAIT_S)
+        tier.start(str(socket_path), make_hello, start_agent, START_WAIT_S, self._chains_of)
+
+    def _chains_of(self, request_id: str) -> list[list[OffloadKey]]:
+        status = self.scheduler._req_status.get(request_id)
+        return [state.offload_keys for state in status.group_states] if status else []
 
     def shutdown(self) -> None:
         super().shutdown()

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 
 import torch
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MLAAttentionSpec,
+)
 from vllm.v1.kv_offload.base import OffloadingSpec
 
-from mcp_vllm.link.protocol import GroupLayout
+from mcp_vllm.link.protocol import GroupLayout, PageLayout
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
@@ -35,8 +41,44 @@ def group_layouts(spec: OffloadingSpec, kv_cache_config: KVCacheConfig) -> list[
         element, channels = _element(group.kv_cache_spec)
         layers = offloaded.get(group_id)
         spans = _spans(spec, pages, _addresses(kv_cache_config), layers) if pages and layers else []
-        layouts.append(GroupLayout(tuple(spans or whole), element, channels))
+        described = _pages(spec, group.kv_cache_spec, _in_order(pages, kv_cache_config, layers)) \
+            if spans else None
+        layouts.append(GroupLayout(tuple(spans or whole), element, channels, described))
     return layouts
+
+
+def _in_order(
+    pages: dict[Address, int], kv_cache_config: KVCacheConfig, layers: Sequence[str]
+) -> list[str]:
+    """The layers by the place of their pages in a chunk."""
+    places = {address: place for place, address in enumerate(pages)}
+    addresses = _addresses(kv_cache_config)
+    return sorted(layers, key=lambda layer: places[addresses[layer]])
+
+
+def _pages(
+    spec: OffloadingSpec, kv_cache_spec: KVCacheSpec, layers: Sequence[str]
+) -> PageLayout | None:
+    """What the pages hold, where it was verified: the CPU backend's without matrix tiles, one
+    worker. None elsewhere: lossy tiers are then not used."""
+    is_plain = isinstance(kv_cache_spec, AttentionSpec) and kv_cache_spec.dtype in _ELEMENTS
+    one_worker = spec.replicated_layout or spec.config.parallel.world_size == 1
+    if not (is_plain and one_worker and current_platform.is_cpu()):
+        return None
+    is_latent = isinstance(kv_cache_spec, MLAAttentionSpec)
+    if not is_latent and torch.cpu._is_amx_tile_supported():
+        return None
+    pages = PageLayout(
+        arrangement="latent" if is_latent else "channel-major-keys",
+        layers=tuple(extract_layer_index(layer) for layer in layers),
+        num_blocks=spec.blocks_per_chunk,
+        block_tokens=kv_cache_spec.block_size,
+        num_heads=1 if is_latent else kv_cache_spec.num_kv_heads,
+        head_dim=kv_cache_spec.head_size,
+    )
+    elements = pages.block_tokens * pages.num_heads * pages.head_dim * (1 if is_latent else 2)
+    fits = elements * kv_cache_spec.dtype.itemsize == kv_cache_spec.page_size_bytes
+    return pages if fits else None
 
 
 def _addresses(kv_cache_config: KVCacheConfig) -> dict[str, Address]:

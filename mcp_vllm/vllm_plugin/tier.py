@@ -101,8 +101,13 @@ class ContextTier(SecondaryTierManager):
         make_hello: Callable[[], protocol.Hello],
         before_connect: Callable[[], None],
         wait_s: float,
+        chains_of: Callable[[str], Iterable[Sequence[OffloadKey]]],
     ) -> None:
-        """Begin to talk to the agent, and wait for it at most `wait_s`."""
+        """Begin to talk to the agent, and wait for it at most `wait_s`.
+
+        `chains_of` gives a request's chains as they are now, one a KV cache group.
+        """
+        self._chains_of = chains_of
         host_rows = np.asarray(self._primary_kv_view).view(np.uint8)
         link = AgentLink(socket_path, make_hello, self._host_fd, host_rows, before_connect)
         self._link = link
@@ -198,8 +203,11 @@ class ContextTier(SecondaryTierManager):
         if self._link is None:
             self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
             return
-        loss = self._loss_of(job_metadata.req_context.req_id)
-        self._link.send(protocol.Store(job_id, keys, job_metadata.chunk_ids.tolist(), loss))
+        request_id = job_metadata.req_context.req_id
+        loss = self._loss_of(request_id)
+        positions = self._positions(request_id, keys) if self._link.wants_positions else []
+        chunk_ids = job_metadata.chunk_ids.tolist()
+        self._link.send(protocol.Store(job_id, keys, chunk_ids, loss, positions))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         self._take_events()
@@ -309,6 +317,11 @@ class ContextTier(SecondaryTierManager):
         if request is None or request.prompt is None or len(self._losses) > MAX_LOSSES:
             return worst(self._losses.values())
         return worst(self._losses.get(key, EXACT) for key in request.prompt)
+
+    def _positions(self, request_id: str, keys: Sequence[OffloadKey]) -> list[int]:
+        """Of each key in the request's chain of its group; 0 where that is not known any more."""
+        known = {key: at for chain in self._chains_of(request_id) for at, key in enumerate(chain)}
+        return [known.get(key, 0) for key in keys]
 
     def _note_losses(self, keys: Sequence[OffloadKey], losses: Iterable[tuple[int, str]]) -> None:
         for index, loss in losses:
