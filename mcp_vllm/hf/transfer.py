@@ -163,8 +163,8 @@ def _empty_cache(state: envelope.CacheState, model: Any) -> Any:
         cache = library_caches.StaticCache(config=config, max_cache_len=longest)
     else:
         cache = library_caches.DynamicCache(config=config)
-        if all(kind == "full" for kind, _ in wanted) and any(cache.is_sliding):
-            # Made without the configuration: every layer keeps every token.
+        made_without_config = all(kind == "full" for kind, _ in wanted) and any(cache.is_sliding)
+        if not wanted or (made_without_config and len(wanted) == len(cache.layers)):
             return library_caches.DynamicCache()
     found = [(each.kind, each.capacity) for each in _states(cache)]
     if found != wanted:
