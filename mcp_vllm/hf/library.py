@@ -9,7 +9,7 @@ from typing import Any
 
 from mcp_vllm.hf.errors import LibraryError
 
-OLDEST = (5, 10)
+OLDEST = (5, 16)
 PAST_NEWEST = (6, 0)
 
 
