@@ -14,13 +14,15 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcp_vllm.codec import CodecError, codec_names, get_codec
+from mcp_vllm.codec import CodecError, codec_names, encode_frame, get_codec
+from mcp_vllm.codec.byte_planes import BytePlaneZstdCodec
 from mcp_vllm.errors import McpError
 from mcp_vllm.session.delta import (
     ArrayError,
     DamagedDeltaError,
     DeltaError,
     WrongBaseError,
+    compress,
     compress_context,
     decompress_context,
     wire,
@@ -190,6 +192,40 @@ def test_what_the_receiver_holds_is_kept_and_checked_in_place_of_the_base():
     delta = compress_context(old, new, held=held, codec=LOSSLESS[0])
     with pytest.raises(WrongBaseError):
         decompress_context(old, delta)
+
+
+class RoundingCodec(BytePlaneZstdCodec):
+    """A stand-in for a lossy codec: see the fixture."""
+
+    lossless = False
+
+
+@pytest.fixture
+def rounding_codec(monkeypatch) -> str:
+    """The name of a codec that clears the low byte of bf16 values."""
+
+    def encode_rounded(key, raw, layout, codec):
+        if not codec.lossless:
+            raw = (np.frombuffer(raw, np.uint16) & 0xFF00).tobytes()
+        return encode_frame(key, raw, layout, get_codec("zstd"))
+
+    def find(name):
+        return RoundingCodec() if name == "rounding" else get_codec(name)
+
+    monkeypatch.setattr(compress, "encode_frame", encode_rounded)
+    monkeypatch.setattr(compress, "get_codec", find)
+    return "rounding"
+
+
+def test_loss_does_not_add_up_over_turns_and_integers_stay_exact(rounding_codec):
+    contexts = [{}, *({"k": kv(length), "ids": np.arange(length)} for length in (30, 40, 55))]
+    held: dict = {}
+    for old, new in pairwise(contexts):
+        delta = compress_context(old, new, held=held, codec=rounding_codec)
+        held = decompress_context(held, delta)
+        assert len(delta) < raw_tokens(30) + 300
+    rounded = (contexts[-1]["k"].view(torch.int16) & -256).view(torch.bfloat16)
+    assert_same(held, {"k": rounded, "ids": np.arange(55)})
 
 
 # Damage.
