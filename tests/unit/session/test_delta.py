@@ -387,13 +387,13 @@ def arrays(draw: st.DrawFn) -> np.ndarray | torch.Tensor:
 contexts = st.dictionaries(st.sampled_from("abcde"), arrays(), max_size=4)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(old=contexts, new=contexts)
 def test_any_context_becomes_any_other(old, new):
     assert_same(decompress_context(old, compress_context(old, new, codec="zstd")), new)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     array=arrays(),
     axis=st.integers(0, 3),
