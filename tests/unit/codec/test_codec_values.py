@@ -91,8 +91,8 @@ def test_arrays_of_any_shape_survive_or_are_refused_as_not_contiguous(
 def test_flipped_bits_are_detected_or_harmless_for_every_element(codec_name, element):
     raw, layout = bf16_kv(150, 16), ChunkLayout(element, 16)
     frame = encode_frame(b"key", raw, layout, get_codec(codec_name))
-    # One bit of every byte: every bit of bf16 frames is flipped in test_codec_damage.py.
-    for index in range(len(frame)):
+    # One bit of every third byte: every bit of bf16 frames is flipped in test_codec_damage.py.
+    for index in range(0, len(frame), 3):
         damaged = bytearray(frame)
         damaged[index] ^= 1 << index % 8
         out = bytearray(len(raw))
