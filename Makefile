@@ -6,6 +6,9 @@ PYTHON ?= $(shell tools/find-python)
 # do not lead to the wheel.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# How long `make fuzz` takes.
+MINUTES ?= 10
+
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PYTHON) tools/install.py --torch-index $(TORCH_INDEX)
@@ -17,7 +20,7 @@ LOCKS := $(notdir $(basename $(wildcard requirements/*.lock)))
 # Two cores and one .venv: nothing here gains from running side by side, with make -j either.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-slow test-matrix lint docs lock clean
+.PHONY: help install demo test test-unit test-slow test-matrix fuzz lint docs lock clean
 
 help: ## Show this list
 	@echo "Targets:"
@@ -49,6 +52,11 @@ test-against-%:
 	@tools/prerequisites $(PYTHON)
 	@$(INSTALL) --venv build/matrix/$* --lock requirements/$*.lock
 	build/matrix/$*/bin/python -m pytest tests
+
+# Not part of the install: 35 MB that nothing else needs.
+fuzz: $(STAMP) ## Fuzz every decoder for MINUTES (10), guided by coverage
+	$(PY) -m pip install --quiet "atheris>=3.0"
+	$(PY) tests/faults/fuzz_decoder.py --minutes $(MINUTES)
 
 lint: $(STAMP) ## Check style, format and types
 	$(PY) -m ruff check .

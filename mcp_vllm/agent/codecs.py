@@ -109,6 +109,9 @@ class AgentCodecs:
             loading = self._loader.submit(self._load_lossy, engine, weights, groups[0].raw_bytes)
             loading.add_done_callback(_log_failure)
 
+    def forget_engine(self, namespace: bytes) -> None:
+        self._engines.pop(namespace, None)
+
     def close(self) -> None:
         self._loader.shutdown(wait=False, cancel_futures=True)
 

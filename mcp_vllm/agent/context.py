@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,6 +16,7 @@ from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.pins import SessionPins
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
+from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.manifest import SessionRegistry
 from mcp_vllm.store.ram import RamStore
@@ -71,13 +72,17 @@ class AgentContext:
         """Run codec work or a large copy outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
-    def learn_fingerprint(self, fingerprint: Fingerprint) -> bytes:
+    def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""
+        self.codecs.learn_engine(fingerprint.digest, fingerprint, groups)
         self.fingerprints.pop(fingerprint.digest, None)
         self.fingerprints[fingerprint.digest] = fingerprint
         while len(self.fingerprints) > MAX_NAMESPACES:
-            del self.fingerprints[next(iter(self.fingerprints))]
+            oldest = next(iter(self.fingerprints))
+            del self.fingerprints[oldest]
+            self.codecs.forget_engine(oldest)
         return fingerprint.digest
 
     def close(self) -> None:
+        self.codecs.close()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from dataclasses import replace
 
+from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.codec import Codec, decode_frame_into, encode_frame
+from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -44,12 +47,19 @@ class Encoder:
             task.add_done_callback(lambda _: self._in_flight.pop(name, None))
         return await asyncio.shield(task)
 
-    async def frame_as(self, name: ChunkKey, chunk: Chunk, codec_name: str) -> bytes:
-        """A frame of the chunk by that codec, made for this caller; as stored where we lack it."""
-        codec = self._context.codecs.get(codec_name)
-        if codec is None or codec_name == self._context.config.codec.name:
+    async def frame_as(
+        self, name: ChunkKey, chunk: Chunk, codec_name: str, calibration_id: bytes
+    ) -> bytes:
+        """A frame of the chunk by that codec, made for this caller; as stored where we lack it.
+
+        What has a loss stays as it is: a second one would add to it.
+        """
+        codec = self._context.codecs.get(codec_name, name.namespace, calibration_id)
+        is_stored = codec_name == self._context.config.codec.name
+        if codec is None or is_stored or not (codec.lossless or chunk.loss == EXACT):
             return await self.frame(name, chunk)
-        return await self._context.in_pool(_encode_as, name.key, chunk, codec)
+        coding = self._context.codecs.engine(name.namespace)
+        return await self._context.in_pool(_encode_as, name.key, chunk, codec, coding)
 
     async def run(self) -> None:
         """Encode in the background until cancelled."""
@@ -100,12 +110,13 @@ class Encoder:
         return encode_frame(name.key, raw.data, chunk.layout, self._context.codecs.stored)
 
 
-def _encode_as(key: bytes, chunk: Chunk, codec: Codec) -> bytes:
+def _encode_as(key: bytes, chunk: Chunk, codec: Codec, coding: EngineCodecs) -> bytes:
     """Runs in the pool: the chunk by `codec`, whatever form it is held in."""
-    raw, frame = chunk.raw, chunk.frame
+    raw, frame, kv = chunk.raw, chunk.frame, coding.kv_of(key)
+    layout = replace(chunk.layout, kv=kv)
     if raw is not None:
-        return encode_frame(key, raw.data, chunk.layout, codec)
+        return encode_frame(key, raw.data, layout, codec)
     assert frame is not None
     decoded = memoryview(bytearray(chunk.raw_bytes))
-    decode_frame_into(frame, decoded, key=key)
-    return encode_frame(key, decoded, chunk.layout, codec)
+    decode_frame_into(frame, decoded, key=key, kv=kv, calibration=coding.calibration)
+    return encode_frame(key, decoded, layout, codec)

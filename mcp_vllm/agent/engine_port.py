@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
 # The agent answers a lookup before the engine stops waiting for it.
 LOOKUP_SHARE = 0.8
+# Of a chunk in its chain.
+MAX_POSITION = 1 << 20
 
 
 @dataclass
@@ -96,6 +98,7 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         lookup_ms=context.config.agent.lookup_ms,
         load_ms=context.config.agent.load_ms,
         asks_peers=bool(context.config.peers),
+        wants_positions=bool(context.config.codec.lossy),
     )
     landing_fd = reopen_read_only(slots.fd)
     try:
@@ -137,7 +140,7 @@ class EnginePort:
         """Serve until the engine goes away or breaks the protocol."""
         self._context, self._peers, self._encoder = context, peers, encoder
         self._fingerprint = Fingerprint(self.hello.fingerprint)
-        self._namespace = context.learn_fingerprint(self._fingerprint)
+        self._namespace = context.learn_engine(self._fingerprint, self.hello.groups)
         reader, self._writer = await asyncio.open_connection(sock=sock)
         feed = InventoryFeed(
             context.store,
@@ -213,6 +216,10 @@ class EnginePort:
                 raise LinkError(f"key {key.hex()} is of a group that the Hello did not name")
 
     def _check_chunk_ids(self, message: protocol.Store) -> None:
+        if message.positions and len(message.positions) != len(message.keys):
+            raise LinkError(f"{len(message.keys)} keys for {len(message.positions)} positions")
+        if any(not 0 <= position < MAX_POSITION for position in message.positions):
+            raise LinkError("a position that no context reaches")
         if len(message.chunk_ids) != len(message.keys):
             raise LinkError(f"{len(message.keys)} keys for {len(message.chunk_ids)} host chunks")
         for chunk_id in message.chunk_ids:
@@ -284,9 +291,12 @@ class EnginePort:
         self._encoder.notify()
 
     async def _store(self, message: protocol.Store) -> None:
+        positions = message.positions or [0] * len(message.keys)
         new = [
-            (key, chunk_id)
-            for key, chunk_id in zip(message.keys, message.chunk_ids, strict=True)
+            (key, chunk_id, position)
+            for key, chunk_id, position in zip(
+                message.keys, message.chunk_ids, positions, strict=True
+            )
             if self._is_news(ChunkKey(self._namespace, key), message.loss)
         ]
         copied = await self._context.in_pool(self._copy_chunks, new, message.loss)
@@ -297,15 +307,18 @@ class EnginePort:
         held = self._context.store.get(name)
         return held is None or rank(held.loss) > rank(loss)
 
-    def _copy_chunks(self, new: list[tuple[bytes, int]], loss: str) -> list[tuple[ChunkKey, Chunk]]:
+    def _copy_chunks(
+        self, new: list[tuple[bytes, int, int]], loss: str
+    ) -> list[tuple[ChunkKey, Chunk]]:
         """Runs in the pool: copy the pinned host chunks."""
         copied = []
-        for key, chunk_id in new:
+        for key, chunk_id, position in new:
             group = self.hello.groups[group_index(key)]
             raw = np.empty(group.raw_bytes, dtype=np.uint8)
             gather(self._host.rows[chunk_id], group.spans, raw)
             raw.flags.writeable = False
-            chunk = Chunk(group.codec_layout, group.raw_bytes, raw=raw, loss=loss)
+            layout = replace(group.codec_layout, position=position)
+            chunk = Chunk(layout, group.raw_bytes, raw=raw, loss=loss)
             copied.append((ChunkKey(self._namespace, key), chunk))
         return copied
 

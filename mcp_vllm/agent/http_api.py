@@ -103,7 +103,7 @@ class HttpApi:
         reply = wire.LookupReply(
             present,
             stored_codec=context.config.codec.name,
-            send_bytes_s=context.codecs.sending_speeds(),
+            send_bytes_s=context.codecs.sending_speeds(asked.namespace),
         )
         return _packed(reply)
 
@@ -129,7 +129,9 @@ class HttpApi:
                 while index < len(names) and len(ahead) < ENCODE_AHEAD:
                     chunk = self._context.store.get(names[index])
                     if chunk is not None and is_acceptable(chunk.loss, asked.lossy):
-                        frame = self._encoder.frame_as(names[index], chunk, asked.codec)
+                        frame = self._encoder.frame_as(
+                            names[index], chunk, asked.codec, asked.calibration_id
+                        )
                         ahead.append((index, chunk, asyncio.create_task(frame)))
                     index += 1
                 if ahead:

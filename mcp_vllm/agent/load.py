@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mcp_vllm.agent import wire
+from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
-from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure
+from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
 from mcp_vllm.agent.received import check_received
 from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
 from mcp_vllm.codec.loss import EXACT
@@ -182,14 +183,16 @@ class LoadJob:
         context = self.context
         sizes = [self._group(index).raw_bytes for index in wanted]
         accepted = context.codecs.acceptable(self.lossy)
-        return peer.plan.next_request(sizes, accepted, context.codecs.speeds, context.codec_threads)
+        speeds = context.codecs.speeds(self.namespace)
+        return peer.plan.next_request(sizes, accepted, speeds, context.codec_threads)
 
     def _frames(
         self, peer: Peer, asked: Sequence[int], codec: str
     ) -> AsyncGenerator[FetchedFrame, None]:
         keys = [self.keys[index] for index in asked]
         bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in asked]
-        return peer.fetch(self.namespace, keys, bounds, codec, self.lossy)
+        wanted = Wanted(codec, self.lossy, self._coding.calibration_id)
+        return peer.fetch(self.namespace, keys, bounds, wanted)
 
     async def _land_fetched(
         self, peer: Peer, index: int, fetched: FetchedFrame, outcome: _Outcome
@@ -199,7 +202,7 @@ class LoadJob:
         self._wire_bytes += len(frame)
         try:
             header, loss = check_received(frame, fetched.loss, group.raw_bytes, self.lossy)
-            await self._land(index, lambda out: _decode(frame, out, self.keys[index]), loss)
+            await self._land(index, lambda out: self._decode(frame, out, index), loss)
         except CodecError as error:
             outcome.damage = outcome.damage or error
             return
@@ -212,8 +215,7 @@ class LoadJob:
 
     async def _land_stored(self, index: int, chunk: Chunk) -> None:
         try:
-            key = self.keys[index]
-            await self._land(index, lambda out: _restore(chunk, out, key), chunk.loss)
+            await self._land(index, lambda out: self._restore(chunk, out, index), chunk.loss)
         except CodecError as error:
             self._causes["checksum"] = None
             logger.warning("a stored chunk is damaged and was dropped: %s", error)
@@ -252,6 +254,26 @@ class LoadJob:
         if self._missing:
             self.context.metrics.failed_chunks.labels(cause).inc(len(self._missing))
 
+    @property
+    def _coding(self) -> EngineCodecs:
+        return self.context.codecs.engine(self.namespace)
+
+    def _decode(self, frame: bytes, out: memoryview, index: int) -> None:
+        """Runs in the pool."""
+        key, coding = self.keys[index], self._coding
+        decode_frame_into(frame, out, key=key, kv=coding.kv_of(key), calibration=coding.calibration)
+
+    def _restore(self, chunk: Chunk, out: memoryview, index: int) -> None:
+        """Runs in the pool."""
+        raw, frame = chunk.raw, chunk.frame
+        if frame is not None:
+            self._decode(frame, out, index)
+        elif raw is not None:
+            if raw.nbytes != out.nbytes:
+                key = self.keys[index].hex()
+                raise CodecError(f"chunk {key} has {raw.nbytes} bytes, not {out.nbytes}")
+            np.copyto(np.frombuffer(out, dtype=np.uint8), raw)
+
     def _group(self, index: int) -> GroupLayout:
         return self.groups[group_index(self.keys[index])]
 
@@ -260,17 +282,3 @@ class LoadJob:
 
     def _holders_of(self, index: int) -> Sequence[Peer]:
         return self.holders.get(self.keys[index], ())
-
-
-def _decode(frame: bytes, out: memoryview, key: bytes) -> None:
-    decode_frame_into(frame, out, key=key)
-
-
-def _restore(chunk: Chunk, out: memoryview, key: bytes) -> None:
-    raw, frame = chunk.raw, chunk.frame
-    if frame is not None:
-        decode_frame_into(frame, out, key=key)
-    elif raw is not None:
-        if raw.nbytes != out.nbytes:
-            raise CodecError(f"chunk {key.hex()} has {raw.nbytes} bytes, not {out.nbytes}")
-        np.copyto(np.frombuffer(out, dtype=np.uint8), raw)

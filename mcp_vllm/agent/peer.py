@@ -46,6 +46,16 @@ class PeerFailure(McpError):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """How frames are asked for: in `codec` ("": as stored), with loss of the tiers `lossy` at most,
+    by the calibration of that id."""
+
+    codec: str
+    lossy: Sequence[str] = ()
+    calibration_id: bytes = b""
+
+
+@dataclass(frozen=True)
 class FetchedFrame:
     """A frame for key `index` of a request, and what its content has lost before (`codec.loss`)."""
 
@@ -126,18 +136,23 @@ class Peer:
         namespace: bytes,
         keys: Sequence[bytes],
         max_frame_bytes: Sequence[int],
-        codec: str,
-        lossy: Sequence[str],
+        wanted: Wanted,
     ) -> AsyncGenerator[FetchedFrame, None]:
         """Frames as they arrive, in the order of `keys`. Keys the peer lost are left out.
 
-        `max_frame_bytes[i]` bounds the frame of key i before it is read; `codec` is wanted, the
-        tiers `lossy` are accepted.
+        `max_frame_bytes[i]` bounds the frame of key i before it is read.
 
         Raises:
             PeerFailure: the stream broke, stalled, or made an impossible claim.
         """
-        request = wire.FetchRequest(wire.WIRE_VERSION, namespace, list(keys), codec, list(lossy))
+        request = wire.FetchRequest(
+            wire.WIRE_VERSION,
+            namespace,
+            list(keys),
+            wanted.codec,
+            list(wanted.lossy),
+            wanted.calibration_id,
+        )
         previous = -1
         asked_s = time.perf_counter()
         try:
@@ -157,7 +172,7 @@ class Peer:
                     previous = index
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
-                    loss = self._accepted_loss(loss_rank, lossy)
+                    loss = self._accepted_loss(loss_rank, wanted.lossy)
                     begun_s = time.perf_counter()
                     frame = await self._read(response, size)
                     self.plan.meter.note_payload(size, time.perf_counter() - begun_s)

@@ -48,7 +48,8 @@ def report(peers: Iterable[Peer], context: AgentContext) -> PeersReport:
 def _report_one(peer: Peer, context: AgentContext) -> PeerReport:
     plan, codecs = peer.plan, context.codecs
     accepted = codecs.acceptable(context.config.codec.lossy)
-    costs = plan.costs(accepted, codecs.speeds, context.codec_threads)
+    namespace = next(reversed(context.fingerprints), b"")
+    costs = plan.costs(accepted, codecs.speeds(namespace), context.codec_threads)
     link, measured = plan.meter.link, plan.meter.is_measured
     return PeerReport(
         name=peer.name,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.codec import (
     FRAME_PREFIX_SIZE,
+    ChecksumError,
+    CodecError,
     FrameError,
     FrameHeader,
     decode_frame_into,
@@ -29,10 +32,20 @@ def check_received(
     return header, loss
 
 
-def verify(key: bytes, frame: bytes, raw_bytes: int) -> None:
+def verify(key: bytes, frame: bytes, raw_bytes: int, coding: EngineCodecs) -> None:
     """Decode a frame and throw the result away; codec work, so run it in the pool.
+
+    A lossy frame for engines that have not connected here is checked for damage only: it cannot be
+    decoded yet.
 
     Raises:
         CodecError: it does not decode to what it says.
     """
-    decode_frame_into(frame, memoryview(bytearray(raw_bytes)), key=key)
+    out, kv = memoryview(bytearray(raw_bytes)), coding.kv_of(key)
+    try:
+        decode_frame_into(frame, out, key=key, kv=kv, calibration=coding.calibration)
+    except (FrameError, ChecksumError):
+        raise
+    except CodecError:
+        if kv is not None and coding.calibration is not None:
+            raise

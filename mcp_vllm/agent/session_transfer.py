@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import Sequence
 
 from mcp_vllm.agent import wire
+from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
-from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure
+from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
 from mcp_vllm.agent.received import check_received, verify
 from mcp_vllm.codec import CodecError
 from mcp_vllm.codec.loss import is_acceptable
@@ -91,9 +92,8 @@ class SessionTransfer:
                 codec, count = self._next_request(wanted)
                 asked, wanted = wanted[:count], wanted[count:]
                 bounds = [self._sizes[key] + wire.FRAME_SLACK_BYTES for key in asked]
-                frames = self._peer.fetch(
-                    self._manifest.namespace, asked, bounds, codec, self._lossy
-                )
+                how = Wanted(codec, self._lossy, self._coding.calibration_id)
+                frames = self._peer.fetch(self._manifest.namespace, asked, bounds, how)
                 async with contextlib.aclosing(frames):
                     async for fetched in frames:
                         await self._keep(asked[fetched.index], fetched)
@@ -106,7 +106,7 @@ class SessionTransfer:
         return self._peer.plan.next_request(
             [self._sizes[key] for key in wanted],
             context.codecs.acceptable(self._lossy),
-            context.codecs.speeds,
+            context.codecs.speeds(self._manifest.namespace),
             context.codec_threads,
         )
 
@@ -115,7 +115,7 @@ class SessionTransfer:
         size = self._sizes[key]
         try:
             header, loss = check_received(fetched.frame, fetched.loss, size, self._lossy)
-            await self._context.in_pool(verify, key, fetched.frame, size)
+            await self._context.in_pool(verify, key, fetched.frame, size, self._coding)
         except CodecError as error:
             self._peer.note_failure("malformed", str(error), fetching=True)
             raise PeerFailure("malformed", f"peer {self._peer.name}: {error}") from error
@@ -124,6 +124,10 @@ class SessionTransfer:
         self._report.num_sent += 1
         self._report.raw_bytes += size
         self._report.wire_bytes += len(fetched.frame)
+
+    @property
+    def _coding(self) -> EngineCodecs:
+        return self._context.codecs.engine(self._manifest.namespace)
 
     def _name(self, key: bytes) -> ChunkKey:
         return ChunkKey(self._manifest.namespace, key)

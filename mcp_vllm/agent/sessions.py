@@ -191,7 +191,8 @@ class Sessions:
         lossy = self._context.config.codec.lossy_for(tenant, salted=False)
         frame = archived.frame
         header, loss = check_received(frame, archived.loss, MAX_FRAME_BYTES, lossy)
-        await self._context.in_pool(verify, header.key, frame, header.raw_size)
+        coding = self._context.codecs.engine(manifest.namespace)
+        await self._context.in_pool(verify, header.key, frame, header.raw_size, coding)
         chunk = Chunk(header.layout, header.raw_size, frame=frame, loss=loss)
         self._context.store.put(ChunkKey(manifest.namespace, header.key), chunk)
         return header.key

@@ -71,13 +71,17 @@ class LookupReply(msgspec.Struct):
 
 
 class FetchRequest(msgspec.Struct):
-    """Frames of `codec` are wanted; empty, or one that the holder lacks: as they are stored."""
+    """Frames of `codec` are wanted; empty, or one that the holder lacks: as they are stored.
+
+    `calibration_id` is of the asker's calibration: frames of another cannot be decoded there.
+    """
 
     version: int
     namespace: bytes
     keys: list[bytes]
     codec: str = ""
     lossy: list[str] = []
+    calibration_id: bytes = b""
 
 
 class SessionOffer(msgspec.Struct):

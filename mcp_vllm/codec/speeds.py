@@ -64,8 +64,8 @@ def remembered(
 ) -> dict[str, Speed]:
     """The speeds of these codecs (by name), from the file of an earlier process where possible.
 
-    `version` is the program's and what else makes codecs of one name differ. A file that cannot be read is replaced,
-    one that cannot be written is done without.
+    `version` is the program's and what else makes codecs of one name differ. A file that cannot be
+    read is replaced, one that cannot be written is done without.
     """
     path = folder / f"codec-speeds-{_machine(version)}.json"
     known = _read(path)

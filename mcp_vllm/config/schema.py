@@ -124,8 +124,8 @@ class CodecConfig(_Section):
     with a `cache_salt`: without one, blocks are shared with the other tenants by their content."""
 
     calibration: Path | None = None
-    """What `mcp-vllm codec calibrate` wrote, for `balanced` and `small`. Unset: in the cache folder,
-    where it is found by the model's weights."""
+    """What `mcp-vllm codec calibrate` wrote, for `balanced` and `small`. Unset: it is looked for in
+    the cache folder, by the model's weights."""
 
     def lossy_for(self, tenant: str, salted: bool) -> tuple[str, ...]:
         """The lossy tiers that a request of `tenant` accepts."""

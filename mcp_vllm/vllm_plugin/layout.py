@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from vllm.platforms import current_platform
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheConfig,
@@ -41,8 +41,11 @@ def group_layouts(spec: OffloadingSpec, kv_cache_config: KVCacheConfig) -> list[
         element, channels = _element(group.kv_cache_spec)
         layers = offloaded.get(group_id)
         spans = _spans(spec, pages, _addresses(kv_cache_config), layers) if pages and layers else []
-        described = _pages(spec, group.kv_cache_spec, _in_order(pages, kv_cache_config, layers)) \
-            if spans else None
+        described = (
+            _pages(spec, group.kv_cache_spec, _in_order(pages, kv_cache_config, layers))
+            if spans
+            else None
+        )
         layouts.append(GroupLayout(tuple(spans or whole), element, channels, described))
     return layouts
 

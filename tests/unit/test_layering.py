@@ -10,13 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mcp_vllm"
 PURE = {"codec", "session", "store", "security", "config"}
+# Rooms that a program without torch may import: it is loaded when a function needs it.
+LAZY = PURE | {"hf"}
+HEAVY = {"torch", "transformers"}
 VLLM_ROOMS = ("vllm_plugin/", "split/engine/")
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, and whether it is imported when the importing module is."""
+    """One imported module, and whether it is imported when the importing module is.
+
+    Not what a function imports, nor what only a type checker reads.
+    """
 
     module: str
     at_load: bool
@@ -28,7 +34,14 @@ def imports_of(path: Path, package: Path) -> Iterator[Import]:
     functions = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    deferred = {id(inner) for function in functions for inner in ast.walk(function)}
+    unread = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    ]
+    deferred = {id(inner) for outer in (*functions, *unread) for inner in ast.walk(outer)}
     here = (package.name, *path.relative_to(package).parent.parts)
     for node in ast.walk(tree):
         at_load = id(node) not in deferred
@@ -53,7 +66,9 @@ def faults(package: Path) -> list[str]:
             top, *rest = each.module.split(".")
             if top == "vllm" and not name.startswith(VLLM_ROOMS):
                 found.append(f"{name}: imports vllm")
-            if room in PURE and (top == "aiohttp" or (top == "torch" and each.at_load)):
+            if room in PURE and top == "aiohttp":
+                found.append(f"{name}: imports {top}")
+            if room in LAZY and top in HEAVY and each.at_load:
                 found.append(f"{name}: imports {top}")
             if top == package.name and rest and (package / rest[0]).is_dir() and "/" in name:
                 needs.setdefault(room, set()).add(rest[0])
@@ -78,6 +93,7 @@ def test_the_package_keeps_to_its_layers() -> None:
         ({"split/a.py": "import vllm"}, "split/a.py: imports vllm"),
         ({"store/a.py": "import aiohttp.web"}, "store/a.py: imports aiohttp"),
         ({"codec/a.py": "if True:\n    import torch"}, "codec/a.py: imports torch"),
+        ({"hf/a.py": "from transformers import Cache"}, "hf/a.py: imports transformers"),
         ({"codec/utils.py": ""}, "codec/utils.py: its name does not say what it is for"),
         (
             {"a/x.py": "from mcp_vllm.b import y", "b/y.py": "from .. import a"},
@@ -99,6 +115,7 @@ def test_a_broken_rule_is_found(tmp_path: Path, sources: dict[str, str], fault: 
     [
         {"vllm_plugin/a.py": "import vllm", "split/engine/a.py": "import vllm"},
         {"codec/a.py": "def f():\n    import torch"},
+        {"hf/a.py": "if TYPE_CHECKING:\n    from transformers import Cache"},
         {
             "agent/a.py": "import aiohttp\nfrom mcp_vllm.codec import b",
             "codec/b.py": "import mcp_vllm",

@@ -39,11 +39,11 @@ async def two_hosts(folder: Path, link: float, wire: str = "auto") -> AsyncItera
                 source.fill(chunk_id, chunk_id)
             await source.store(keys(*range(NUM_CHUNKS)), range(NUM_CHUNKS))
             await until(lambda: len(there._context.store) == NUM_CHUNKS, "the commit")
-        await until(lambda: there._context.codecs.speeds, "its codecs' speeds")
+        await until(lambda: there._context.codecs.speeds(b""), "its codecs' speeds")
         async with Throttle(address(there), link).running() as throttle:
             ours = settings(throttle.address, codec="raw", codecs={"wire": wire})
             async with running_agent(ours, folder / "b.sock") as here:
-                await until(lambda: here._context.codecs.speeds, "our codecs' speeds")
+                await until(lambda: here._context.codecs.speeds(b""), "our codecs' speeds")
                 with SimulatedEngine(
                     folder / "b.sock", groups=GROUPS, num_chunks=NUM_CHUNKS
                 ) as engine:

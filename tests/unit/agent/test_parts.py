@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from simulated import LAYOUT, pattern, settings, until
+from simulated import GROUPS, LAYOUT, pattern, settings, until
 
 from mcp_vllm.agent import breaker as breaker_module
 from mcp_vllm.agent import encoder as encoder_module
@@ -216,9 +216,12 @@ async def test_a_chunk_that_cannot_be_encoded_is_dropped_and_the_rest_goes_on(
 
 def test_fingerprints_are_bounded_and_the_latest_stay(context: AgentContext) -> None:
     first = Fingerprint({"model": "first"})
-    context.learn_fingerprint(first)
+    context.learn_engine(first, GROUPS)
     for number in range(MAX_NAMESPACES):
-        context.learn_fingerprint(first)
-        context.learn_fingerprint(Fingerprint({"model": str(number)}))
+        context.learn_engine(first, GROUPS)
+        context.learn_engine(Fingerprint({"model": str(number)}), GROUPS)
     assert len(context.fingerprints) == MAX_NAMESPACES
     assert first.digest in context.fingerprints
+    assert context.codecs.engine(first.digest).layouts
+    forgotten = Fingerprint({"model": "0"})
+    assert not context.codecs.engine(forgotten.digest).layouts

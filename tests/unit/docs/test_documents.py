@@ -31,6 +31,7 @@ PATHS = (
     "benchmarks/",
     "configs/",
     "docs/",
+    "examples/",
     "patches/",
     "requirements/",
     "tools/",
