@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.peer import Peer
+from mcp_vllm.codec.speeds import Speed
 
 
 class BreakEvenReport(msgspec.Struct):
@@ -37,19 +38,42 @@ class PeerReport(msgspec.Struct):
     break_evens: list[BreakEvenReport]
 
 
+class CodecReport(msgspec.Struct):
+    """A codec as measured on this machine: 10^6 raw bytes a second of one thread, and the ratio on
+    synthetic KV."""
+
+    name: str
+    encode_mb_s: float
+    decode_mb_s: float
+    ratio: float
+
+
 class PeersReport(msgspec.Struct):
+    """The peers, and the codecs that this agent can use for its latest engine."""
+
     peers: list[PeerReport]
+    codecs: list[CodecReport]
 
 
 def report(peers: Iterable[Peer], context: AgentContext) -> PeersReport:
-    return PeersReport([_report_one(peer, context) for peer in peers])
-
-
-def _report_one(peer: Peer, context: AgentContext) -> PeerReport:
-    plan, codecs = peer.plan, context.codecs
-    accepted = codecs.acceptable(context.config.codec.lossy)
     namespace = next(reversed(context.fingerprints), b"")
-    costs = plan.costs(accepted, codecs.speeds(namespace), context.codec_threads)
+    speeds = context.codecs.speeds(namespace)
+    codecs = [
+        CodecReport(
+            name,
+            round(speed.encode_bytes_s / 1e6, 1),
+            round(speed.decode_bytes_s / 1e6, 1),
+            round(speed.ratio, 2),
+        )
+        for name, speed in speeds.items()
+    ]
+    return PeersReport([_report_one(peer, context, speeds) for peer in peers], codecs)
+
+
+def _report_one(peer: Peer, context: AgentContext, speeds: Mapping[str, Speed]) -> PeerReport:
+    plan = peer.plan
+    accepted = context.codecs.acceptable(context.config.codec.lossy)
+    costs = plan.costs(accepted, speeds, context.codec_threads)
     link, measured = plan.meter.link, plan.meter.is_measured
     return PeerReport(
         name=peer.name,

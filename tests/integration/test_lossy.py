@@ -1,0 +1,61 @@
+"""A session that moves by each lossy tier, between real engines: marked, smaller, and nearly as good;
+with none allowed, the same engines' answers are identical (test_gemma_pair.py)."""
+
+import pytest
+
+from mcp_vllm.demo.document import research_ship_manual
+from mcp_vllm.demo.pair import Pair
+from mcp_vllm.demo.weights import ensure_gemma
+from tests.integration.conftest import SETTINGS
+from tests.integration.engine_client import complete, get_json
+from tests.integration.identity import urls, wait_until_stored
+from tests.waiting import wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+PROMPTS = [
+    f"{research_ship_manual()[start:]}\n\nQuestion: What is the ship called?\nAnswer:"
+    for start in (0, 700, 1400, 2100)
+]
+# Least ratio on the wire and least length of the greedy answer that stays the same, on average.
+EXPECTED = {"near-lossless": (2.0, 48), "balanced": (3.5, 12), "small": (5.0, 6)}
+
+
+@pytest.fixture(scope="module", params=list(EXPECTED))
+def tier(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pair(tier, log_folder):
+    settings = {**SETTINGS, "codec": {"lossy": [tier], "wire": tier}}
+    with Pair(log_folder, settings) as pair:
+        pair.start_engines(ensure_gemma(progress=False))
+        for host in pair.hosts.values():
+            wait_for("the codecs", lambda host=host: tier in codecs_of(host))
+        yield pair
+
+
+def codecs_of(host) -> set[str]:
+    """What the host's agent can use."""
+    return {codec["name"] for codec in get_json(f"{host.agent_url}/v1/peers")["codecs"]}
+
+
+def test_the_answer_is_nearly_the_same_and_the_session_is_marked(pair, tier):
+    a, b = urls(pair)
+    ratios, matches = [], []
+    for number, prompt in enumerate(PROMPTS):
+        complete(a, prompt)
+        wait_until_stored(pair, "A")
+        exact = complete(a, prompt)
+        moved = complete(b, prompt, params={"session_id": f"lossy-{number}"})
+        assert moved.params["imported_tokens"] > 0
+        ratios.append(moved.params["raw_bytes"] / moved.params["wire_bytes"])
+        same = [ours == theirs for ours, theirs in zip(exact.tokens, moved.tokens, strict=True)]
+        matches.append([*same, False].index(False))
+        url = f"{pair['B'].agent_url}/v1/sessions/default/lossy-{number}"
+        wait_for("the session", lambda url=url: get_json(url))
+        assert get_json(url)["loss"] == tier
+    print(f"{tier}: ratio {sum(ratios) / len(ratios):.2f}, greedy tokens the same: {matches}")
+    least_ratio, least_match = EXPECTED[tier]
+    assert sum(ratios) / len(ratios) > least_ratio
+    assert sum(matches) / len(matches) >= least_match
