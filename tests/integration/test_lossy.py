@@ -1,5 +1,7 @@
-"""A session that moves by each lossy tier, between real engines: marked, smaller, and nearly as good;
-with none allowed, the same engines' answers are identical (test_gemma_pair.py)."""
+"""A session that moves by each lossy tier, between real engines: marked, smaller, nearly as good.
+
+With none allowed, the same engines' answers are identical (test_gemma_pair.py).
+"""
 
 import pytest
 
