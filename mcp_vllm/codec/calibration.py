@@ -16,7 +16,9 @@ has one: pair (i, i + rotary/2) of a head at position p by ``-p * frequencies[i]
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,5 +194,12 @@ def _member(
     if entry.file_size > max_bytes or entry.compress_type != zipfile.ZIP_STORED:
         raise CodecError(f"member {name} is compressed or larger than {max_bytes} bytes")
     with members.open(entry) as file:
-        values = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]
-    return np.ascontiguousarray(values)
+        content = io.BytesIO(file.read(max_bytes))
+    if np.lib.format.read_magic(content) != (1, 0):  # type: ignore[no-untyped-call]
+        raise CodecError(f"member {name} is of another array format")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(content)  # type: ignore[no-untyped-call]
+    size = math.prod(shape) * dtype.itemsize
+    # numpy's own reader would allocate what the header claims before it looks for the bytes.
+    if dtype.hasobject or is_fortran or size != len(content.getbuffer()) - content.tell():
+        raise CodecError(f"member {name} is no plain array of the size that it claims")
+    return np.frombuffer(content.read(), dtype).reshape(shape)

@@ -144,6 +144,17 @@ def token_major(
     })  # fmt: skip
 
 
+def head_major(
+    layers: tuple[int, ...], num_blocks: int, block_tokens: int, num_heads: int, head_dim: int
+) -> KVLayout:
+    """Pages [head, token, K then V], the other layout of GPU backends."""
+    page = 2 * block_tokens * num_heads * head_dim
+    strides = (2 * head_dim * block_tokens, 2 * head_dim, 1)
+    return _pages(layers, num_blocks, page, (num_heads, block_tokens, head_dim), {
+        "k": (0, strides), "v": (head_dim, strides),
+    })  # fmt: skip
+
+
 def channel_major_keys(
     layers: tuple[int, ...], num_blocks: int, block_tokens: int, num_heads: int, head_dim: int
 ) -> KVLayout:

@@ -74,6 +74,18 @@ def calibrate(
 
     UnusableModel where the text is too short, or the model keeps no K and V per layer.
     """
+    bands, coefficients = [], []
+    for index, layer in enumerate(layers_of_windows(model, text, num_windows, on_step)):
+        for band, of_band in _fit_layer(index, layer):
+            bands.append(band)
+            coefficients.append(of_band)
+    return Calibration(model.path.name, tuple(bands), tail_of(coefficients))
+
+
+def layers_of_windows(
+    model: Model, text: str, num_windows: int, on_step: Callable[[int, int], None]
+) -> list[Layer]:
+    """Samples of each layer, all windows one after the other."""
     tokens = model.tokens_of(text)
     spans = list(windows(tokens, WINDOW_TOKENS - 1, WINDOW_TOKENS - 1))[:num_windows]
     if len(spans) < num_windows:
@@ -86,12 +98,7 @@ def calibrate(
     for index, span in enumerate(spans):
         sampled.append(_sample(model, model.context(span), rng))
         on_step(index + 1, num_windows)
-    bands, coefficients = [], []
-    for layer in range(len(sampled[0])):
-        for band, of_band in _fit_layer(layer, _joined([each[layer] for each in sampled])):
-            bands.append(band)
-            coefficients.append(of_band)
-    return Calibration(model.path.name, tuple(bands), tail_of(coefficients))
+    return [_joined(of_layer) for of_layer in zip(*sampled, strict=True)]
 
 
 class _GradientCache(DynamicCache):

@@ -29,6 +29,7 @@ def mixed_axes() -> KVLayout:
 
 ARRANGEMENTS = {
     "token, head, K then V": planes.token_major(LAYERS, 1, TOKENS, HEADS, DIM),
+    "head, token, K then V": planes.head_major(LAYERS, 1, TOKENS, HEADS, DIM),
     "pages of 8 tokens": planes.token_major(LAYERS, TOKENS // 8, 8, HEADS, DIM),
     "K transposed": planes.channel_major_keys(LAYERS, 1, TOKENS, HEADS, DIM),
     "mixed": mixed_axes(),
