@@ -181,8 +181,11 @@ class Peer:
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error, fetching=True) from error
 
-    async def manifest(self, key: SessionKey) -> tuple[Manifest, list[int]]:
-        """A session there, and the raw bytes of each of its keys. Raises PeerFailure."""
+    async def manifest(self, key: SessionKey) -> tuple[Manifest, dict[bytes, int]]:
+        """A session there, and the raw bytes of those of its chunks that are there.
+
+        Raises PeerFailure.
+        """
         try:
             async with (
                 asyncio.timeout(MANIFEST_S),
@@ -192,13 +195,15 @@ class Peer:
             ):
                 offer = wire.decode(wire.SessionOffer, await self._body(response))
             manifest = decode_manifest(offer.manifest)
-            if manifest.key != key or len(offer.sizes) != len(manifest.chunk_keys()):
+            sizes = dict(zip(offer.keys, offer.sizes, strict=False))
+            foreign = sizes.keys() - set(manifest.chunk_keys())
+            if manifest.key != key or foreign or len(offer.keys) != len(offer.sizes):
                 raise WireError("malformed", "a manifest that contradicts itself")
         except ArchiveError as error:
             raise self._failure(WireError("malformed", str(error))) from error
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error) from error
-        return manifest, offer.sizes
+        return manifest, sizes
 
     async def pull(self, key: SessionKey, agent_id: str) -> Transfer:
         """Let the peer fetch a session from the agent of that id. Raises PeerFailure."""

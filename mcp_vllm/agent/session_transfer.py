@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.codecs import EngineCodecs
@@ -32,16 +32,16 @@ class SessionTransfer:
     """One session's way from `peer` to here.
 
     Args:
-        sizes: raw bytes of each of the manifest's keys, by the peer's word.
+        sizes: raw bytes of each chunk of it that the peer has, by the peer's word.
     """
 
     def __init__(
-        self, context: AgentContext, peer: Peer, manifest: Manifest, sizes: Sequence[int]
+        self, context: AgentContext, peer: Peer, manifest: Manifest, sizes: Mapping[bytes, int]
     ) -> None:
         self._context = context
         self._peer = peer
         self._manifest = manifest
-        self._sizes = dict(zip(manifest.chunk_keys(), sizes, strict=True))
+        self._sizes = sizes
         self._lossy = context.config.codec.lossy_for(manifest.key.tenant, salted=False)
         self._report = Transfer(len(self._sizes), 0, 0, 0)
 

@@ -77,17 +77,16 @@ class Sessions:
         }
         return {key: chunk for key, chunk in chunks.items() if chunk is not None}
 
-    def sizes(self, manifest: Manifest) -> list[int]:
-        """Raw bytes of each of the manifest's keys.
+    def sizes(self, manifest: Manifest) -> dict[bytes, int]:
+        """Raw bytes of each of the session's chunks that are here.
 
         Raises:
-            SessionError: 409, some of its chunks are not here (any more).
+            SessionError: 409, there are none (any more).
         """
         held = self.held(manifest)
-        missing = len(manifest.chunk_keys()) - len(held)
-        if missing:
-            raise SessionError(409, f"{missing} of the session's chunks are not in memory here")
-        return [chunk.raw_bytes for chunk in held.values()]
+        if not held:
+            raise SessionError(409, "none of the session's chunks are in memory here")
+        return {key: chunk.raw_bytes for key, chunk in held.items()}
 
     # ---- on this host -----------------------------------------------------------------------
 
@@ -172,12 +171,15 @@ class Sessions:
         manifest = reader.manifest
         assert manifest is not None
         manifest = msgspec.structs.replace(manifest, key=owner or manifest.key, parked=False)
-        if set(manifest.chunk_keys()) - arrived:
-            raise SessionError(400, "the archive lacks chunks that its manifest names")
+        if arrived - set(manifest.chunk_keys()):
+            raise SessionError(400, "the archive holds chunks that its manifest does not name")
         present = self._context.sessions.get(manifest.key)
         if present is not None and not present.parked:
             raise SessionError(409, f"session {manifest.key.session_id} exists already")
-        self._check_whole(manifest)
+        missing = arrived - self.held(manifest).keys()
+        if missing:
+            text = f"{len(missing)} of the session's chunks do not fit into the memory"
+            raise SessionError(507, text)
         self._appear(manifest)
         return manifest
 
@@ -196,11 +198,6 @@ class Sessions:
         chunk = Chunk(header.layout, header.raw_size, frame=frame, loss=loss)
         self._context.store.put(ChunkKey(manifest.namespace, header.key), chunk)
         return header.key
-
-    def _check_whole(self, manifest: Manifest) -> None:
-        missing = len(manifest.chunk_keys()) - len(self.held(manifest))
-        if missing:
-            raise SessionError(507, f"{missing} of the session's chunks do not fit into the memory")
 
     async def park(self, key: SessionKey) -> None:
         """Write the session to the parking folder and free its memory."""

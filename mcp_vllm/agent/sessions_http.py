@@ -72,7 +72,10 @@ class SessionsHttp:
     async def _manifest(self, request: web.Request) -> web.Response:
         key = _key(request)
         manifest = await self._sessions.wake(key)
-        offer = wire.SessionOffer(encode_manifest(manifest), self._sessions.sizes(manifest))
+        sizes = self._sessions.sizes(manifest)
+        offer = wire.SessionOffer(
+            encode_manifest(manifest), list(sizes.keys()), list(sizes.values())
+        )
         return web.Response(body=wire.encode(offer), content_type="application/msgpack")
 
     async def _export(self, request: web.Request) -> web.StreamResponse:

@@ -85,9 +85,14 @@ class FetchRequest(msgspec.Struct):
 
 
 class SessionOffer(msgspec.Struct):
-    """A session that can be fetched: its manifest, encoded, and the raw bytes of each key."""
+    """A session that can be fetched: its manifest, encoded, and what of it is there.
+
+    Not every key of a chain is: of sliding windows, only the last ones are kept. `sizes[i]` is the
+    raw size of the chunk `keys[i]`.
+    """
 
     manifest: bytes
+    keys: list[bytes]
     sizes: list[int]
 
 

@@ -24,6 +24,8 @@ from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, EngineFailed, Serv
 ENGINE_ARGS = ("--enforce-eager", "--max-model-len", "4096")
 START_DEADLINE_S = 600.0
 STORED_DEADLINE_S = 60.0
+# An engine offers the blocks of a request within a few steps of its end.
+SETTLED_S = 0.5
 # Both hosts share one machine's cores: a lookup may wait longer here than between two machines.
 SHARED_CORES = {"agent": {"lookup_ms": 1000, "stall_ms": 5000}}
 
@@ -85,17 +87,19 @@ class Host:
         return self.engine.base_url
 
     def wait_until_stored(self, session_id: str, turns: int = 1) -> None:
-        """Until the agent has that many turns of the session, and their blocks.
+        """Until the agent has that many turns of the session, and no more blocks of it arrive.
 
-        Raises EngineFailed when it does not in time.
+        Raises EngineFailed when that does not come in time.
         """
         until_s = time.monotonic() + STORED_DEADLINE_S
+        held = 0
         with MCPClient(self.agent_url) as client:
             while time.monotonic() < until_s:
                 session = {each.session_id: each for each in client.sessions()}.get(session_id)
-                if session and session.turns >= turns and session.held_chunks == session.num_chunks:
+                if session and session.turns >= turns and 0 < session.held_chunks == held:
                     return
-                time.sleep(0.05)
+                held = session.held_chunks if session else 0
+                time.sleep(SETTLED_S)
         raise EngineFailed(f"agent {self.name} did not take over the blocks of {session_id}")
 
     @property

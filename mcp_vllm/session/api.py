@@ -38,7 +38,8 @@ class SessionSummary(msgspec.Struct):
     Attributes:
         namespace: digest of the engines' fingerprint that its chunks belong to, hexadecimal.
         loss: "none", or the worst lossy tier that it went through.
-        num_chunks: of its chain, `held_chunks` of which are in memory there.
+        num_chunks: of its chains, `held_chunks` of which are in memory there; of a model with
+            sliding windows only the last windows are kept.
         raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
         pinned_until_s: None when it is not pinned.
     """
