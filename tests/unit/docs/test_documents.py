@@ -92,7 +92,7 @@ def faults_of(words: list[str]) -> list[str]:
         return [name]
     command = typer.main.get_command(importlib.import_module(COMMANDS[name].module).app)
     if isinstance(command, click.Group) or hasattr(command, "commands"):
-        if not rest:
+        if not rest or rest[0] == "--help":
             return []
         if rest[0] not in command.commands:
             return [f"{name} {rest[0]}"]
