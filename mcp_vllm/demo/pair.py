@@ -20,6 +20,7 @@ import yaml
 
 from mcp_vllm.client import MCPClient
 from mcp_vllm.demo.engines import HOST, ContextAgent, Engine, EngineFailed, Server, free_port
+from mcp_vllm.session.manifest import DEFAULT_TENANT
 
 ENGINE_ARGS = ("--enforce-eager", "--max-model-len", "4096")
 START_DEADLINE_S = 600.0
@@ -86,14 +87,16 @@ class Host:
         assert self.engine is not None
         return self.engine.base_url
 
-    def wait_until_stored(self, session_id: str, turns: int = 1) -> None:
+    def wait_until_stored(
+        self, session_id: str, turns: int = 1, tenant: str = DEFAULT_TENANT
+    ) -> None:
         """Until the agent has that many turns of the session, and no more blocks of it arrive.
 
         Raises EngineFailed when that does not come in time.
         """
         until_s = time.monotonic() + STORED_DEADLINE_S
         held = 0
-        with MCPClient(self.agent_url) as client:
+        with MCPClient(self.agent_url, tenant) as client:
             while time.monotonic() < until_s:
                 session = {each.session_id: each for each in client.sessions()}.get(session_id)
                 if session and session.turns >= turns and 0 < session.held_chunks == held:

@@ -9,6 +9,7 @@ import urllib.parse
 
 import pytest
 
+from mcp_vllm import MCPClient
 from mcp_vllm.demo.ask import client_of
 from mcp_vllm.demo.document import research_ship_manual
 from mcp_vllm.demo.pair import START_DEADLINE_S
@@ -67,6 +68,47 @@ def test_a_session_moves_with_its_generated_tokens(pair):
     wait_for("the turn in B's manifest", lambda: session(pair["B"], "tests", "moving"))
     assert session(pair["A"], "tests", "moving")["turns"] == 2
     assert session(pair["B"], "tests", "moving")["num_tokens"] > len(first.prompt_ids)
+
+
+SENT_CHUNKS = "mcp_agent_sent_chunks_total"
+
+
+def chunks_sent(pair):
+    return sum(counters(host.agent_url)[SENT_CHUNKS] for host in pair.hosts.values())
+
+
+def test_a_session_that_was_moved_is_there_before_its_next_turn(pair):
+    a, b = urls(pair)
+    params = {"session_id": "ordered", "tenant": "tests"}
+    prompt = f"Ordered. {research_ship_manual()}"
+    complete(a, prompt, 1, params=params)
+    pair["A"].wait_until_stored("ordered", tenant="tests")
+    reference = complete(a, prompt)
+    with MCPClient(pair["A"].agent_url, tenant="tests") as client:
+        moved = client.move("ordered", to=pair["B"].peer_address)
+    assert moved.num_sent == moved.num_chunks > 0
+    assert session(pair["A"], "tests", "ordered") is None
+    answer = complete(b, prompt, params=params)
+    assert answer.params["imported_from"] == ["agent"]
+    assert answer.params["wire_bytes"] == 0
+    assert answer.tokens == reference.tokens
+
+
+def test_a_chat_that_changes_its_engine_at_every_turn_sends_nothing_twice(pair):
+    a, b = urls(pair)
+    params = {"session_id": "to and fro", "tenant": "tests"}
+    tokens = list(complete(a, f"To and fro. {research_ship_manual()}", 1).prompt_ids)
+    sent_before, fetched = chunks_sent(pair), 0
+    for turn in range(6):
+        url, name = ((b, "B"), (a, "A"))[turn % 2]
+        answer = complete(url, tokens, 100, params=params)
+        fetched += answer.params["wire_bytes"] > 0
+        tokens += [*answer.tokens, *tokens[: 128 - 100]]
+        pair[name].wait_until_stored("to and fro", turns=turn // 2 + 1, tenant="tests")
+    assert fetched >= 5
+    held = session(pair["A"], "tests", "to and fro")["held_chunks"]
+    assert chunks_sent(pair) - sent_before <= held
+    assert complete(a, tokens).tokens == complete(b, tokens).tokens
 
 
 def test_a_stream_may_name_its_session_in_a_header(pair):
