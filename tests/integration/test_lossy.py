@@ -16,10 +16,11 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 PROMPTS = [
     f"{research_ship_manual()[start:]}\n\nQuestion: What is the ship called?\nAnswer:"
-    for start in (0, 700, 1400, 2100)
+    for start in (0, 700, 1400)
 ]
+NUM_TOKENS = 32
 # Least ratio on the wire and least length of the greedy answer that stays the same, on average.
-EXPECTED = {"near-lossless": (2.0, 48), "balanced": (3.5, 12), "small": (5.0, 6)}
+EXPECTED = {"near-lossless": (2.0, 24), "balanced": (3.5, 12), "small": (5.0, 6)}
 
 
 @pytest.fixture(scope="module", params=list(EXPECTED))
@@ -46,16 +47,16 @@ def test_the_answer_is_nearly_the_same_and_the_session_is_marked(pair, tier):
     a, b = urls(pair)
     ratios, matches = [], []
     for number, prompt in enumerate(PROMPTS):
-        complete(a, prompt)
+        complete(a, prompt, 1)
         wait_until_stored(pair, "A")
-        exact = complete(a, prompt)
-        moved = complete(b, prompt, params={"session_id": f"lossy-{number}"})
+        exact = complete(a, prompt, NUM_TOKENS)
+        moved = complete(b, prompt, NUM_TOKENS, params={"session_id": f"lossy-{number}"})
         assert moved.params["imported_tokens"] > 0
         ratios.append(moved.params["raw_bytes"] / moved.params["wire_bytes"])
         same = [ours == theirs for ours, theirs in zip(exact.tokens, moved.tokens, strict=True)]
         matches.append([*same, False].index(False))
+        pair["B"].wait_until_stored(f"lossy-{number}")
         url = f"{pair['B'].agent_url}/v1/sessions/default/lossy-{number}"
-        wait_for("the session", lambda url=url: get_json(url))
         assert get_json(url)["loss"] == tier
     print(f"{tier}: ratio {sum(ratios) / len(ratios):.2f}, greedy tokens the same: {matches}")
     least_ratio, least_match = EXPECTED[tier]
