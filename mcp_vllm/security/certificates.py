@@ -33,7 +33,7 @@ class Ca:
 
 
 def ca_in(folder: Path) -> Ca:
-    """The CA of a folder (`ca.pem`, `ca-key.pem`); made when there is none. Raises SecurityError."""
+    """The CA of a folder (`ca.pem`, `ca-key.pem`), made where there is none. Raises SecurityError."""
     certificate, key = folder / "ca.pem", folder / "ca-key.pem"
     if certificate.exists() or key.exists():
         return _read_ca(certificate, key)
@@ -66,7 +66,7 @@ def _checked_host(host: str) -> str:
     try:
         return Address.parse(f"[{host}]:0" if ":" in host else f"{host}:0").host
     except ValueError:
-        raise SecurityError(f"{ascii(host)} is neither a host name nor an IP address") from None
+        raise SecurityError(f"{host!a} is neither a host name nor an IP address") from None
 
 
 def _new_ca() -> Ca:

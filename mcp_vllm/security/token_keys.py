@@ -69,7 +69,7 @@ def read_token_keys(path: Path) -> tuple[Mapping[str, TokenKey], Stamp]:
 
 
 def _key(path: Path, entry: _Entry) -> TokenKey:
-    where = f"token keys {path}, kid {ascii(entry.kid)}"
+    where = f"token keys {path}, kid {entry.kid!a}"
     if entry.algorithm not in ALGORITHMS:
         raise SecurityError(f"{where}: algorithm must be one of {', '.join(ALGORITHMS)}")
     if (entry.key is None) == (entry.key_file is None):
