@@ -9,6 +9,8 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import msgspec
 from aiohttp import web
@@ -27,8 +29,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # A reason is logged again after so long; the audit has every refusal.
 LOG_AGAIN_S = 60.0
-_PRINCIPAL = "mcp_vllm.principal"
-_SESSION = "mcp_vllm.session"
 
 
 class Refused(McpError):
@@ -41,26 +41,37 @@ class Refused(McpError):
         self.who = who
 
 
-def principal_of(request: web.Request) -> Principal:
-    """Who asks."""
-    principal: Principal = request[_PRINCIPAL]
-    return principal
+@dataclass
+class _Asked:
+    """What is known of the request under way: who asks, and for which session."""
+
+    principal: Principal
+    session: SessionKey | None = None
 
 
-def visible(request: web.Request, key: SessionKey) -> SessionKey:
+# aiohttp handles the requests of a connection one after the other, in a context of its own.
+_asked: ContextVar[_Asked] = ContextVar("asked")
+
+
+def present_principal() -> Principal:
+    """Who asks, in a handler."""
+    return _asked.get().principal
+
+
+def visible(key: SessionKey) -> SessionKey:
     """`key`, or the key of a session that does not exist where this one is another tenant's.
 
     So the answer is made by the same code as for an id that nobody has, whatever the operation.
     """
-    tenant = principal_of(request).tenant
+    tenant = present_principal().tenant
     if tenant is None or key.tenant == tenant:
         return key
     return SessionKey(tenant, uuid.uuid4().hex)
 
 
-def note_session(request: web.Request, key: SessionKey) -> None:
+def note_session(key: SessionKey) -> None:
     """Let the audit name a session that is not in the request's path."""
-    request[_SESSION] = key
+    _asked.get().session = key
 
 
 class Access:
@@ -77,7 +88,7 @@ class Access:
             principal = self._admitted(request, rule)
         except Refused as refused:
             return self._refuse(request, refused)
-        request[_PRINCIPAL] = principal
+        _asked.set(_Asked(principal))
         if not rule.event:
             return await handler(request)
         return await self._audited(request, handler, rule, principal)
@@ -194,7 +205,7 @@ def _is_unknown(request: web.Request) -> bool:
 
 
 def _named_session(request: web.Request, principal: Principal) -> tuple[str | None, str | None]:
-    noted: SessionKey | None = request.get(_SESSION)
+    noted = _asked.get().session
     if noted is not None:
         return noted.tenant, noted.session_id
     names = request.match_info

@@ -55,6 +55,10 @@ class AgentSecurity:
     def scheme(self) -> str:
         return "http" if self.tls is None else "https"
 
+    def server_context(self) -> ssl.SSLContext | None:
+        """For the next connection; None for plain HTTP."""
+        return None if self.tls is None else self.tls.server
+
     def request_options(self) -> RequestOptions:
         """Our certificate and token as they are now, for a request to a peer."""
         options = RequestOptions()

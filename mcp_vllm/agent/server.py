@@ -89,9 +89,7 @@ class Agent:
         )
         http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
         access = Access(security)
-        self._listener = Listener(
-            lambda: security.tls.server if security.tls else None, access.refuse_tls
-        )
+        self._listener = Listener(security.server_context, access.refuse_tls)
         self.application = http.application([self._listener.middleware, access.middleware])
         runner = web.AppRunner(
             self.application,

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from mcp_vllm.agent import openapi, wire
-from mcp_vllm.agent.access import note_session, principal_of, visible
+from mcp_vllm.agent.access import note_session, present_principal, visible
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
 from mcp_vllm.session.api import (
@@ -61,7 +61,7 @@ class SessionsHttp:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
-        asking = principal_of(request)
+        asking = present_principal()
         seen = (each for each in self._context.sessions if asking.sees(each.key.tenant))
         return _json(SessionList([self._summary(each) for each in seen]))
 
@@ -94,11 +94,11 @@ class SessionsHttp:
         owner = None
         if {"tenant", "session_id"} <= set(request.query):
             owner = _checked(request.query["tenant"], request.query["session_id"])
-            note_session(request, owner)
+            note_session(owner)
         pieces = aiter(request.content.iter_any())
-        tenant = principal_of(request).tenant
+        tenant = present_principal().tenant
         manifest = await self._sessions.import_archive(pieces, owner, tenant)
-        note_session(request, manifest.key)
+        note_session(manifest.key)
         return self._answer(manifest)
 
     async def _copy(self, request: web.Request) -> web.Response:
@@ -188,7 +188,7 @@ async def session_errors(request: web.Request, handler):  # type: ignore[no-unty
 
 def _key(request: web.Request) -> SessionKey:
     names = request.match_info
-    return visible(request, _checked(names["tenant"], names["session_id"]))
+    return visible(_checked(names["tenant"], names["session_id"]))
 
 
 def _checked(tenant: str, session_id: str) -> SessionKey:

@@ -33,7 +33,7 @@ class Ca:
 
 
 def ca_in(folder: Path) -> Ca:
-    """The CA of a folder (`ca.pem`, `ca-key.pem`), made where there is none. Raises SecurityError."""
+    """The CA of a folder (`ca.pem`, `ca-key.pem`), made if need be. Raises SecurityError."""
     certificate, key = folder / "ca.pem", folder / "ca-key.pem"
     if certificate.exists() or key.exists():
         return _read_ca(certificate, key)
