@@ -1,4 +1,4 @@
-"""`mcp-vllm certs`: a CA of one's own and certificates for hosts, for tests and private networks."""
+"""`mcp-vllm certs`: a CA of your own and certificates of hosts, for tests and private networks."""
 
 from __future__ import annotations
 

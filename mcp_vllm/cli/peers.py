@@ -76,12 +76,13 @@ def _get(using: Credentials, name: str) -> bytes:
             timeout=DEADLINE_S,
             verify=using.tls or True,
         )
-        response.raise_for_status()
-        return response.content
     except httpx.HTTPError as error:
         raise AgentUnreachable(
             f"no agent answers at {name} ({error}): start one, or name it with --agent"
         ) from error
+    if response.is_error:
+        raise AgentUnreachable(f"agent {name} says {response.status_code}: {response.text[:500]}")
+    return response.content
 
 
 def _decoded(body: bytes, name: str) -> PeersReport:
