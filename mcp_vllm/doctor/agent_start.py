@@ -44,11 +44,11 @@ def check_listen(config: Config) -> Check:
         return fail(
             name, f"cannot listen at {listen}: {error.strerror}", "use another address or port"
         )
-    if not listen.is_loopback:
+    if not listen.is_loopback and not config.security.tls.is_set:
         return warn(
             name,
             f"{listen} is free; whoever reaches it can read this host's chunks",
-            "keep it in a private network or VPN: there is no TLS and no authentication yet",
+            "set security.tls (docs/security.md), or keep it in a private network or VPN",
         )
     return ok(name, f"{listen} is free" if listen.port else "any free port")
 
