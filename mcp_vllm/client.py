@@ -314,7 +314,7 @@ class AsyncMCPClient:
 
 
 class _Bearer(httpx.Auth):
-    """Presents the token; unlike a header of the client it does not follow a redirect elsewhere."""
+    """Presents the token."""
 
     def __init__(self, token: str) -> None:
         self._token = token

@@ -15,10 +15,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from mcp_vllm.security.errors import SecurityError
 from mcp_vllm.security.file_stamp import Stamp, stamp
 from mcp_vllm.security.principal import ADMIN, BLOCKS_READ, SCOPES, Principal
-from mcp_vllm.security.token_keys import read_token_keys
+from mcp_vllm.security.token_keys import MIN_RSA_BITS, MIN_SECRET_BYTES, read_token_keys
 
 MAX_TOKEN_CHARS = 8192
 MAX_NAME_CHARS = 256
+MAX_TTL_S = 366 * 86400
 
 
 class TokenError(SecurityError):
@@ -159,6 +160,8 @@ def mint(
     unknown = sorted(scopes - frozenset(SCOPES))
     if unknown:
         raise SecurityError(f"unknown scope {unknown[0]} (known: {', '.join(SCOPES)})")
+    if not 1 <= ttl_s <= MAX_TTL_S:
+        raise SecurityError(f"a token lasts from a second to {MAX_TTL_S // 86400} days")
     claims: dict[str, object] = {
         "sub": subject,
         "scope": " ".join(sorted(scopes)),
@@ -177,7 +180,7 @@ def _signing_key(path: Path) -> tuple[Any, str]:
     try:
         material = path.read_bytes().strip()
         if not material.startswith(b"-----BEGIN"):
-            return material, "HS256"
+            return _signing_secret(path, material), "HS256"
         key = load_pem_private_key(material, password=None)
     except OSError as error:
         raise SecurityError(f"signing key {path}: {error.strerror}") from error
@@ -185,6 +188,12 @@ def _signing_key(path: Path) -> tuple[Any, str]:
         raise SecurityError(f"signing key {path}: not a private key without a password") from None
     if isinstance(key, Ed25519PrivateKey):
         return key, "EdDSA"
-    if isinstance(key, RSAPrivateKey):
+    if isinstance(key, RSAPrivateKey) and key.key_size >= MIN_RSA_BITS:
         return key, "RS256"
-    raise SecurityError(f"signing key {path}: must be an Ed25519 or RSA key, or a secret")
+    raise SecurityError(f"signing key {path}: must be Ed25519, RSA of 2048 bits, or a secret")
+
+
+def _signing_secret(path: Path, secret: bytes) -> bytes:
+    if len(secret) < MIN_SECRET_BYTES:
+        raise SecurityError(f"signing key {path}: a secret needs {MIN_SECRET_BYTES} bytes")
+    return secret

@@ -34,7 +34,7 @@ async def is_closed(reader: asyncio.StreamReader) -> bool:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(listener, "HEAD_S", 0.3)
+    monkeypatch.setattr(listener, "HEAD_S", 0.8)
     monkeypatch.setattr(listener, "SWEEP_S", 0.05)
 
 
@@ -112,7 +112,7 @@ async def test_a_kept_connection_outlives_the_time_for_the_first_head(tmp_path, 
         async with http.get(url):
             pass
         (before,) = agent._listener._connections.values()
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1.2)
         async with http.get(url):
             pass
         assert list(agent._listener._connections.values()) == [before]

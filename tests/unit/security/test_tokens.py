@@ -224,6 +224,13 @@ def test_mint_makes_what_is_accepted_and_nothing_else(issuer, verifier, tmp_path
         mint(key, "a", "mcp-vllm", "ann", scopes, None, 60)
     with pytest.raises(SecurityError, match="unknown scope"):
         mint(key, "a", "mcp-vllm", "ann", frozenset({"everything"}), None, 60)
+    for ttl_s in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(SecurityError, match="a token lasts"):
+            mint(key, "a", "mcp-vllm", "ann", scopes, "acme", ttl_s)
+    key.write_bytes(b"short")
+    with pytest.raises(SecurityError, match="32 bytes") as caught:
+        mint(key, "a", "mcp-vllm", "ann", scopes, "acme", 60)
+    assert "short" not in str(caught.value)
 
 
 def test_the_own_token_is_read_again_when_it_is_replaced(tmp_path):
