@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,10 +119,16 @@ class MCPClient:
     """Sessions of one tenant at one agent. Use it as a context manager, or call `close`."""
 
     def __init__(
-        self, base_url: str = DEFAULT_URL, tenant: str = DEFAULT_TENANT, **options: Any
+        self,
+        base_url: str = DEFAULT_URL,
+        tenant: str = DEFAULT_TENANT,
+        token: str | None = None,
+        **options: Any,
     ) -> None:
-        """`options` go to httpx.Client: certificates (`verify`, `cert`), `headers`, `timeout`."""
+        """`token` is a bearer token; `options` go to httpx.Client: `verify` with the ssl.SSLContext
+        of `mcp_vllm.security.tls.client_context`, `timeout`."""
         options.setdefault("timeout", httpx.Timeout(READ_S, connect=CONNECT_S))
+        options.setdefault("auth", _Bearer(token) if token else None)
         self._http = httpx.Client(base_url=base_url, **options)
         self._calls = _Calls(tenant)
 
@@ -213,10 +219,15 @@ class AsyncMCPClient:
     """`MCPClient` for asyncio. Use it as an async context manager, or await `close`."""
 
     def __init__(
-        self, base_url: str = DEFAULT_URL, tenant: str = DEFAULT_TENANT, **options: Any
+        self,
+        base_url: str = DEFAULT_URL,
+        tenant: str = DEFAULT_TENANT,
+        token: str | None = None,
+        **options: Any,
     ) -> None:
-        """`options` go to httpx.AsyncClient."""
+        """As for MCPClient; `options` go to httpx.AsyncClient."""
         options.setdefault("timeout", httpx.Timeout(READ_S, connect=CONNECT_S))
+        options.setdefault("auth", _Bearer(token) if token else None)
         self._http = httpx.AsyncClient(base_url=base_url, **options)
         self._calls = _Calls(tenant)
 
@@ -300,6 +311,17 @@ class AsyncMCPClient:
         with _no_answer():
             response = await self._http.request(call.method, call.path, content=call.content)
         return call.result(response)
+
+
+class _Bearer(httpx.Auth):
+    """Presents the token."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        yield request
 
 
 async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from mcp_vllm import __version__
 from mcp_vllm.agent import peer_report, wire
@@ -40,9 +41,11 @@ class HttpApi:
         self._sessions = SessionsHttp(context, sessions)
         self._encoder = encoder
 
-    def application(self) -> web.Application:
+    def application(self, guards: Sequence[Middleware]) -> web.Application:
+        """The routes behind `guards`, the outermost first."""
         app = web.Application(
-            client_max_size=wire.MAX_REQUEST_BYTES, middlewares=[_refuse_malformed, session_errors]
+            client_max_size=wire.MAX_REQUEST_BYTES,
+            middlewares=[*guards, _refuse_malformed, session_errors],
         )
         app.add_routes(
             [

@@ -127,8 +127,9 @@ _INTRODUCTION = """\
 The context agent serves it at `agent.listen`; the OpenAPI document is at `/v1/openapi.json`. The
 same from a shell: `mcp-vllm sessions --help`; from Python: `mcp_vllm.MCPClient` and
 `AsyncMCPClient`. An answer that says no has the body `{"error": "..."}`: 400 a malformed request,
-404 no such session or peer, 409 not in this state, 412 changed since, 502 the peer failed, 507 no
-room.
+401 no valid token or certificate, 403 not with this one, 404 no such session or peer, 409 not in
+this state, 412 changed since, 502 the peer failed, 507 no room. What each request needs where the
+agent asks who you are: [security.md](security.md#who-may-do-what).
 """
 
 

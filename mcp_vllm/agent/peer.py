@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import aiohttp
+import msgspec
 from yarl import URL
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
+from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS, is_acceptable
@@ -71,10 +73,16 @@ class Peer:
         name: "HOST:PORT" as configured; also its name in metrics and logs.
         http: shared client session.
         stall_s: a connection, and each read from it, may take that long.
+        security: our certificate and token for it.
     """
 
     def __init__(
-        self, name: str, http: aiohttp.ClientSession, metrics: AgentMetrics, stall_s: float
+        self,
+        name: str,
+        http: aiohttp.ClientSession,
+        metrics: AgentMetrics,
+        stall_s: float,
+        security: AgentSecurity,
     ) -> None:
         self.name = name
         self.breaker = Breaker()
@@ -85,6 +93,7 @@ class Peer:
         # paused, it stays armed on the pooled connection and fails a later request (3.14).
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, connect=stall_s)
         self._stall_s = stall_s
+        self._security = security
         self._fetch_fails = False
         self._logged_causes: set[str] = set()
         self._logged_fields: set[str] = set()
@@ -95,9 +104,7 @@ class Peer:
         try:
             async with (
                 asyncio.timeout(self._stall_s),
-                self._http.get(
-                    self._url("hello"), timeout=self._timeout, allow_redirects=False
-                ) as response,
+                self._get(self._url("hello")) as response,
             ):
                 return wire.decode(wire.PeerHello, await self._body(response))
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
@@ -114,7 +121,7 @@ class Peer:
         """
         request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys), list(lossy))
         try:
-            async with self._post("blocks/lookup", request) as response:
+            async with self._post(self._url("blocks/lookup"), request) as response:
                 reply = wire.decode(wire.LookupReply, await self._body(response))
             if reply.fingerprints:
                 self._report_mismatch(fingerprint, reply.fingerprints)
@@ -157,7 +164,7 @@ class Peer:
         asked_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._stall_s):
-                response = await self._post("blocks/fetch", request)
+                response = await self._post(self._url("blocks/fetch"), request)
             self.plan.meter.note_latency(time.perf_counter() - asked_s)
             async with response:
                 await self._check_status(response)
@@ -189,9 +196,7 @@ class Peer:
         try:
             async with (
                 asyncio.timeout(MANIFEST_S),
-                self._http.get(
-                    self._session_url(key, "manifest"), timeout=self._timeout, allow_redirects=False
-                ) as response,
+                self._get(self._session_url(key, "manifest")) as response,
             ):
                 offer = wire.decode(wire.SessionOffer, await self._body(response))
             manifest = decode_manifest(offer.manifest)
@@ -210,12 +215,7 @@ class Peer:
         try:
             async with (
                 asyncio.timeout(PULL_S),
-                self._http.post(
-                    self._session_url(key, "pull"),
-                    data=wire.encode(wire.SessionPull(agent_id)),
-                    timeout=self._timeout,
-                    allow_redirects=False,
-                ) as response,
+                self._post(self._session_url(key, "pull"), wire.SessionPull(agent_id)) as response,
             ):
                 return wire.decode(Transfer, await self._body(response))
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
@@ -267,18 +267,28 @@ class Peer:
             logger.warning("peer %s cannot exchange blocks with us: %s", self.name, detail)
 
     def _url(self, path: str) -> URL:
-        return URL(f"http://{self.name}/v1/{path}")
+        return URL(f"{self._security.scheme}://{self.name}/v1/{path}")
 
     def _session_url(self, key: SessionKey, operation: str) -> URL:
         names = (quote(name, safe="") for name in (key.tenant, key.session_id))
-        return URL(f"http://{self.name}/v1/sessions/{'/'.join(names)}/{operation}", encoded=True)
+        path = f"v1/sessions/{'/'.join(names)}/{operation}"
+        return URL(f"{self._security.scheme}://{self.name}/{path}", encoded=True)
 
-    def _post(self, path: str, request: wire.LookupRequest | wire.FetchRequest):  # type: ignore[no-untyped-def]
+    def _get(self, url: URL):  # type: ignore[no-untyped-def]
+        return self._http.get(
+            url,
+            timeout=self._timeout,
+            allow_redirects=False,
+            **self._security.request_options(),
+        )
+
+    def _post(self, url: URL, request: msgspec.Struct):  # type: ignore[no-untyped-def]
         return self._http.post(
-            self._url(path),
+            url,
             data=wire.encode(request),
             timeout=self._timeout,
             allow_redirects=False,
+            **self._security.request_options(),
         )
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:

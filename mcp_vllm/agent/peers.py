@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import aiohttp
 
 from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
@@ -18,12 +19,14 @@ logger = logging.getLogger(__name__)
 class Peers:
     """The configured peers. One per agent, owned by its event loop."""
 
-    def __init__(self, names: Sequence[str], metrics: AgentMetrics, stall_s: float) -> None:
+    def __init__(
+        self, names: Sequence[str], metrics: AgentMetrics, stall_s: float, security: AgentSecurity
+    ) -> None:
         connector = aiohttp.TCPConnector(limit_per_host=32, keepalive_timeout=60)
         self._http = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
         )
-        self._peers = [Peer(name, self._http, metrics, stall_s) for name in names]
+        self._peers = [Peer(name, self._http, metrics, stall_s, security) for name in names]
 
     def __len__(self) -> int:
         return len(self._peers)

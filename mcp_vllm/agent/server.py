@@ -14,12 +14,15 @@ from pathlib import Path
 
 from aiohttp import web
 
+from mcp_vllm.agent.access import Access
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.engine_port import EnginePort, accept_engine
 from mcp_vllm.agent.http_api import HttpApi
+from mcp_vllm.agent.listener import Listener
 from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
 from mcp_vllm.errors import McpError
@@ -31,6 +34,10 @@ DEFAULT_LISTEN = AgentConfig().listen
 # Peers in the middle of a transfer may finish it for so long; the engine's host waits 3 s for us.
 SHUTDOWN_GRACE_S = 1.0
 ACCEPT_PAUSE_S = 0.2
+# Longer than peers keep idle connections, so that they are not cut off when they use one again.
+KEEPALIVE_S = 75.0
+# For the body of a request that was refused before it was read.
+LINGER_S = 2.0
 
 
 class AgentError(McpError):
@@ -64,6 +71,7 @@ class Agent:
 
         Raises:
             AgentError: the socket or the address cannot be used.
+            SecurityError: a certificate, key or token file cannot be used.
         """
         # Codec threads give way to the event loop sooner than after 5 ms: a lookup has 40.
         sys.setswitchinterval(0.0005)
@@ -74,19 +82,29 @@ class Agent:
         if self._owned:
             loop.add_reader(sys.stdin.fileno(), lambda: self._stdin_ready(stop))
         agent = self._config.agent
+        self._security = security = AgentSecurity(self._config.security)
         listener = self._listen_for_engines()
-        self._peers = Peers(self._config.peers, self._context.metrics, agent.stall_ms / 1000)
+        self._peers = Peers(
+            self._config.peers, self._context.metrics, agent.stall_ms / 1000, security
+        )
         http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
-        self.application = http.application()
+        access = Access(security)
+        self._listener = Listener(security.server_context, access.refuse_tls)
+        self.application = http.application([self._listener.middleware, access.middleware])
         runner = web.AppRunner(
             self.application,
             access_log=None,
             shutdown_timeout=SHUTDOWN_GRACE_S,
+            keepalive_timeout=KEEPALIVE_S,
+            lingering_time=LINGER_S,
         )
         background: list[asyncio.Task[None]] = []
         try:
             await runner.setup()
-            self.port = port = await self._listen_for_peers(runner)
+            port = await self._listen_for_peers()
+            assert runner.server is not None
+            self._listener.start(runner.server)
+            self.port = port
             logger.info(
                 "context agent %s: engines at %s, peers at port %d, %d MiB for chunks",
                 self._context.agent_id,
@@ -99,14 +117,17 @@ class Agent:
             background += [
                 asyncio.create_task(self._accept(listener)),
                 asyncio.create_task(self._encoder.run()),
+                asyncio.create_task(security.watch()),
             ]
             await stop.wait()
         finally:
             await _cancel(background + list(self._engines))
             listener.close()
             self._socket_path.unlink(missing_ok=True)
+            await self._listener.close()
             await runner.cleanup()
             await self._peers.close()
+            security.close()
             self._context.close()
 
     def _sessions(self) -> Sessions:
@@ -142,18 +163,18 @@ class Agent:
         listener.setblocking(False)
         return listener
 
-    async def _listen_for_peers(self, runner: web.AppRunner) -> int:
+    async def _listen_for_peers(self) -> int:
         address = Address.parse(self._config.agent.listen)
         host, port = address.host, address.port
         may_move = self._owned and self._config.agent.listen == DEFAULT_LISTEN
         try:
-            return await _bind(runner, host, port)
+            return await self._listener.bind(host, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not may_move:
                 raise AgentError(
                     f"agent.listen: cannot listen at {host}:{port}: {error}"
                 ) from error
-        moved = await _bind(runner, host, 0)
+        moved = await self._listener.bind(host, 0)
         logger.warning(
             "port %d is taken; peers reach this agent at %s:%d (set agent.listen to choose)",
             port,
@@ -183,15 +204,6 @@ class Agent:
             sock.close()
             return
         await port.serve(sock, self._context, self._peers, self._encoder)
-
-
-async def _bind(runner: web.AppRunner, host: str, port: int) -> int:
-    """Serve `runner` there; returns the port in use."""
-    site = web.TCPSite(runner, host, port)
-    await site.start()
-    server = site._server
-    assert isinstance(server, asyncio.Server)
-    return int(server.sockets[0].getsockname()[1])
 
 
 def _remove_stale_socket(path: Path) -> None:

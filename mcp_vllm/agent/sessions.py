@@ -151,21 +151,26 @@ class Sessions:
         yield writer.end()
 
     async def import_archive(
-        self, pieces: AsyncIterator[bytes], owner: SessionKey | None = None
+        self,
+        pieces: AsyncIterator[bytes],
+        owner: SessionKey | None = None,
+        only_tenant: str | None = None,
     ) -> Manifest:
         """Take over a session from an archive, as `owner` or under its own name.
 
         Chunks are verified and kept as they come; the session appears when the archive has proved
-        whole. Raises SessionError: 400 for a bad archive, 409 when the session is here already, 507
-        when it does not fit.
+        whole. Raises SessionError: 400 for a bad archive, 403 for a tenant other than `only_tenant`
+        (None: any), 409 when the session is here already, 507 when it does not fit.
         """
         reader = ArchiveReader()
         arrived: set[bytes] = set()
         try:
             async for piece in pieces:
                 for archived in reader.feed(piece):
+                    _check_tenant(reader, owner, only_tenant)
                     arrived.add(await self._keep(reader, archived, owner))
             reader.close()
+            _check_tenant(reader, owner, only_tenant)
         except (ArchiveError, CodecError) as error:
             raise SessionError(400, str(error)) from error
         manifest = reader.manifest
@@ -328,3 +333,10 @@ class Sessions:
             except PeerFailure:
                 continue
         raise SessionError(403, f"agent {agent_id} is not one of this agent's peers")
+
+
+def _check_tenant(reader: ArchiveReader, owner: SessionKey | None, only_tenant: str | None) -> None:
+    """Whether the archive may be imported as that tenant's. Raises SessionError."""
+    assert reader.manifest is not None
+    if only_tenant is not None and (owner or reader.manifest.key).tenant != only_tenant:
+        raise SessionError(403, "a session of another tenant cannot be imported")

@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from mcp_vllm.agent import openapi, wire
+from mcp_vllm.agent.access import note_session, present_principal, visible
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
 from mcp_vllm.session.api import (
@@ -60,7 +61,9 @@ class SessionsHttp:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
-        return _json(SessionList([self._summary(each) for each in self._context.sessions]))
+        asking = present_principal()
+        seen = (each for each in self._context.sessions if asking.sees(each.key.tenant))
+        return _json(SessionList([self._summary(each) for each in seen]))
 
     async def _show(self, request: web.Request) -> web.Response:
         return self._answer(self._sessions.get(_key(request)))
@@ -94,8 +97,12 @@ class SessionsHttp:
         owner = None
         if {"tenant", "session_id"} <= set(request.query):
             owner = _checked(request.query["tenant"], request.query["session_id"])
-        pieces = request.content.iter_any()
-        return self._answer(await self._sessions.import_archive(aiter(pieces), owner))
+            note_session(owner)
+        pieces = aiter(request.content.iter_any())
+        tenant = present_principal().tenant
+        manifest = await self._sessions.import_archive(pieces, owner, tenant)
+        note_session(manifest.key)
+        return self._answer(manifest)
 
     async def _copy(self, request: web.Request) -> web.Response:
         asked = await _body(request, TransferRequest)
@@ -183,7 +190,8 @@ async def session_errors(request: web.Request, handler):  # type: ignore[no-unty
 
 
 def _key(request: web.Request) -> SessionKey:
-    return _checked(request.match_info["tenant"], request.match_info["session_id"])
+    names = request.match_info
+    return visible(_checked(names["tenant"], names["session_id"]))
 
 
 def _checked(tenant: str, session_id: str) -> SessionKey:

@@ -31,6 +31,8 @@ COMMANDS = {
     "peers": Command("mcp_vllm.cli.peers", "Show the peers, their links and codecs."),
     "codec": Command("mcp_vllm.cli.codec", "Calibrate lossy codecs for a model."),
     "bench": Command("mcp_vllm.cli.bench", "Measure what a lossy codec costs your model."),
+    "certs": Command("mcp_vllm.cli.certs", "Make a CA, and certificates for hosts and clients."),
+    "token": Command("mcp_vllm.cli.token", "Make a bearer token from a signing key."),
     "config": Command("mcp_vllm.cli.config", "Check a configuration file, show the settings."),
 }
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
 from typing import Annotated
 
+import httpx
 import msgspec
 import typer
 from rich.console import Console
@@ -13,13 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from mcp_vllm.agent.peer_report import PeerReport, PeersReport
+from mcp_vllm.cli import credentials
+from mcp_vllm.cli.credentials import CaFile, CertificateFile, Credentials, KeyFile, TokenFile
 from mcp_vllm.config import Address, Config
 from mcp_vllm.errors import McpError
 
 app = typer.Typer(add_completion=False, help="Show the peers as this host's agent sees them.")
 
 DEADLINE_S = 5.0
-MAX_BYTES = 16 << 20
 
 
 class AgentUnreachable(McpError):
@@ -37,14 +37,29 @@ def peers(
         typer.Option(metavar="HOST:PORT", help="The agent to ask; default: agent.listen."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    token_file: TokenFile = None,
+    ca: CaFile = None,
+    cert: CertificateFile = None,
+    key: KeyFile = None,
 ) -> None:
-    """Ask the agent for its peers: up or not, the link as measured, the codec, the break-evens."""
-    address = agent or Config.load(config).agent.listen
+    """Ask the agent for its peers: up or not, the link as measured, the codec, the break-evens.
+
+    Where none are given, the certificate and the token are those of the settings.
+    """
+    settings = Config.load(config)
+    address = agent or settings.agent.listen
     try:
         name = str(Address.parse(address))
     except ValueError as error:
         raise AgentUnreachable(f"--agent: {error}") from error
-    body = _get(f"http://{name}/v1/peers", name)
+    security = settings.security
+    using = credentials.given(
+        token_file or security.own_token_file,
+        ca or security.tls.ca,
+        cert or security.tls.certificate,
+        key or security.tls.key,
+    )
+    body = _get(using, name)
     report = _decoded(body, name)
     if as_json:
         typer.echo(body.decode())
@@ -52,15 +67,22 @@ def peers(
         Console().print(_table(report.peers) if report.peers else f"agent {name} has no peers")
 
 
-def _get(url: str, name: str) -> bytes:
+def _get(using: Credentials, name: str) -> bytes:
+    headers = {"Authorization": f"Bearer {using.token}"} if using.token else {}
     try:
-        with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:
-            body: bytes = response.read(MAX_BYTES)
-            return body
-    except (urllib.error.URLError, OSError) as error:
+        response = httpx.get(
+            f"{using.url(name)}/v1/peers",
+            headers=headers,
+            timeout=DEADLINE_S,
+            verify=using.tls or True,
+        )
+    except httpx.HTTPError as error:
         raise AgentUnreachable(
             f"no agent answers at {name} ({error}): start one, or name it with --agent"
         ) from error
+    if response.is_error:
+        raise AgentUnreachable(f"agent {name} says {response.status_code}: {response.text[:500]}")
+    return response.content
 
 
 def _decoded(body: bytes, name: str) -> PeersReport:

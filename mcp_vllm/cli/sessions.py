@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from mcp_vllm.cli import credentials
+from mcp_vllm.cli.credentials import CaFile, CertificateFile, Credentials, KeyFile, TokenFile
+from mcp_vllm.cli.duration import seconds_of
 from mcp_vllm.client import DEFAULT_URL, ApiError, MCPClient
 from mcp_vllm.session.api import SessionSummary, Transfer
 from mcp_vllm.session.manifest import DEFAULT_TENANT
@@ -29,13 +32,12 @@ SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="Session id.")
 Target = Annotated[str, typer.Argument(metavar="HOST:PORT", help="A peer, as configured.")]
 File = Annotated[Path, typer.Argument(metavar="FILE")]
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 @dataclass
 class _Target:
     url: str = DEFAULT_URL
     tenant: str = DEFAULT_TENANT
+    credentials: Credentials = field(default_factory=Credentials)
 
 
 _target = _Target()
@@ -45,18 +47,25 @@ _target = _Target()
 def choose(
     agent: Annotated[
         str, typer.Option(metavar="HOST:PORT|URL", help="The agent to talk to.")
-    ] = DEFAULT_URL,
+    ] = credentials.DEFAULT_AGENT,
     tenant: Annotated[str, typer.Option(help="Whose sessions.")] = DEFAULT_TENANT,
+    token_file: TokenFile = None,
+    ca: CaFile = None,
+    cert: CertificateFile = None,
+    key: KeyFile = None,
 ) -> None:
-    """Sessions of one tenant at one agent."""
-    _target.url = agent if "://" in agent else f"http://{agent}"
+    """Sessions of one tenant at one agent. MCP_VLLM_TOKEN does instead of --token-file."""
+    _target.credentials = credentials.given(token_file, ca, cert, key)
+    _target.url = _target.credentials.url(agent)
     _target.tenant = tenant
 
 
 @contextmanager
 def _client() -> Iterator[MCPClient]:
     try:
-        with MCPClient(_target.url, _target.tenant) as client:
+        options = {"verify": _target.credentials.tls} if _target.credentials.tls else {}
+        token = _target.credentials.token
+        with MCPClient(_target.url, _target.tenant, token, **options) as client:
             yield client
     except ApiError as error:
         if error.status:
@@ -134,7 +143,7 @@ def pin(
 ) -> None:
     """Keep a session in memory for a time, whatever else comes."""
     with _client() as client:
-        pinned = client.pin(session, _seconds(ttl))
+        pinned = client.pin(session, seconds_of(ttl))
     until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pinned.pinned_until_s))
     console.print(f"{escape(session)} is pinned until {until}")
 
@@ -224,12 +233,3 @@ def _state(session: SessionSummary) -> str:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f}"
-
-
-def _seconds(text: str) -> float:
-    """ "30m" as seconds. Raises typer.BadParameter."""
-    unit = _UNITS.get(text[-1:])
-    try:
-        return float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no time such as 90s, 30m, 12h or 2d") from None

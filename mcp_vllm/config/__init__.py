@@ -2,6 +2,22 @@
 
 from mcp_vllm.config.address import Address
 from mcp_vllm.config.errors import ConfigError
-from mcp_vllm.config.schema import AUTO, KNOWN_CODECS, AgentConfig, CodecConfig, Config
+from mcp_vllm.config.schema import (
+    AUTO,
+    KNOWN_CODECS,
+    AgentConfig,
+    CodecConfig,
+    Config,
+    SecurityConfig,
+)
 
-__all__ = ["AUTO", "KNOWN_CODECS", "Address", "AgentConfig", "CodecConfig", "Config", "ConfigError"]
+__all__ = [
+    "AUTO",
+    "KNOWN_CODECS",
+    "Address",
+    "AgentConfig",
+    "CodecConfig",
+    "Config",
+    "ConfigError",
+    "SecurityConfig",
+]

@@ -12,9 +12,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ENV_PREFIX = "MCP_VLLM_"
-# Variables with our prefix that are no settings: where caches go, our log level, and a parent's
-# configuration on its way to the agent.
-NOT_SETTINGS = frozenset({"MCP_VLLM_CACHE", "MCP_VLLM_LOG_LEVEL", "MCP_VLLM_CONFIG_JSON"})
+# Variables with our prefix that are no settings: where caches go, our log level, a parent's
+# configuration on its way to the agent, and the token of the command line's user.
+NOT_SETTINGS = frozenset(
+    {"MCP_VLLM_CACHE", "MCP_VLLM_LOG_LEVEL", "MCP_VLLM_CONFIG_JSON", "MCP_VLLM_TOKEN"}
+)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,15 @@ def as_text(value: object) -> str:
 def render(loaded: Loaded[C]) -> str:
     """Every key as a YAML file, with the source of those that were set in a comment."""
     lines: list[tuple[str, str]] = []
-    section = ""
+    opened: list[str] = []
     for key in keys_of(type(loaded.config)):
-        head, _, name = key.dotted.rpartition(".")
-        if head != section:
-            section = head
-            lines.append((f"{head}:", ""))
-        text = f"{'  ' if head else ''}{name}: {as_text(value_of(loaded.config, key.dotted))}"
+        *sections, name = key.dotted.split(".")
+        for depth, section in enumerate(sections):
+            if opened[: depth + 1] != sections[: depth + 1]:
+                lines.append((f"{'  ' * depth}{section}:", ""))
+                opened = sections[: depth + 1]
+        opened = sections
+        text = f"{'  ' * len(sections)}{name}: {as_text(value_of(loaded.config, key.dotted))}"
         lines.append((text, loaded.sources.get(key.dotted, "")))
     width = max(len(text) for text, source in lines if source) if loaded.sources else 0
     return "\n".join(f"{text:<{width}}  # {source}" if source else text for text, source in lines)

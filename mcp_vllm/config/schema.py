@@ -133,6 +133,54 @@ class CodecConfig(_Section):
         return self.lossy if everybody or (salted and tenant in self.lossy_tenants) else ()
 
 
+class TlsConfig(_Section):
+    """PEM files of this agent; all three, or none. Replaced files are used within seconds."""
+
+    certificate: Path | None = None
+    """Certificate of this host, with intermediate ones after it; for both sides of a connection."""
+
+    key: Path | None = None
+    """Its private key, without a password."""
+
+    ca: Path | None = None
+    """CA that signed the certificates of all agents: a CA of your own, never a public one."""
+
+    @property
+    def is_set(self) -> bool:
+        return self.certificate is not None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "TlsConfig":
+        given = [each is not None for each in (self.certificate, self.key, self.ca)]
+        if any(given) and not all(given):
+            raise PydanticCustomError(
+                "tls_files", 'needs "certificate", "key" and "ca" together', {"key": "security.tls"}
+            )
+        return self
+
+
+class SecurityConfig(_Section):
+    """Who may reach the agent. With `tls` or `token_keys`, every request must say who asks."""
+
+    tls: TlsConfig = TlsConfig()
+
+    token_keys: Path | None = None
+    """YAML or JSON file of the keys that sign bearer tokens. Unset: no tokens, and a certificate of
+    the CA may do everything; set: a certificate alone may only read blocks."""
+
+    audience: str = Field(default="mcp-vllm", min_length=1, max_length=256)
+    """The `aud` that a token must name."""
+
+    clock_skew_s: int = Field(default=30, ge=0, le=600)
+    """By how much the clocks of those who make tokens may differ from ours."""
+
+    own_token_file: Path | None = None
+    """File with the bearer token that this agent presents to its peers, beside its certificate."""
+
+    audit_file: Path | None = None
+    """File for one JSON line for each session operation, export of blocks and refusal."""
+
+
 class Config(_Section):
     """The configuration of one engine and its agent."""
 
@@ -148,21 +196,37 @@ class Config(_Section):
     """HOST:PORT of other hosts' agents, asked for blocks that are not held here."""
 
     insecure: bool = False
-    """Serve peers on a non-loopback address without TLS."""
+    """Serve peers on a non-loopback address without TLS, and send them tokens without it."""
 
     agent: AgentConfig = AgentConfig()
     codec: CodecConfig = CodecConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> "Config":
+    def _loopback_unless_secure(self) -> "Config":
         listen = self.agent.listen
-        if not self.insecure and not Address.parse(listen).is_loopback:
+        secure = self.insecure or self.security.tls.is_set
+        if not secure and not Address.parse(listen).is_loopback:
             # The key tells the loader which source to name; a whole-model fault has none itself.
             raise PydanticCustomError(
                 "plain_listen",
                 "{listen} can be reached from other machines and has no TLS: "
-                'set "insecure: true" to allow that, or let "agent.listen" be a loopback address',
+                'set "security.tls" (certificate, key, ca), or "insecure: true" to allow that, '
+                'or let "agent.listen" be a loopback address',
                 {"key": "agent.listen", "listen": listen},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_token_stays_secret(self) -> "Config":
+        plain = self.security.own_token_file is not None and not self.security.tls.is_set
+        far = [peer for peer in self.peers if not Address.parse(peer).is_loopback]
+        if plain and far and not self.insecure:
+            raise PydanticCustomError(
+                "plain_token",
+                'the token would travel to {peer} in the clear: set "security.tls", '
+                'or "insecure: true" to allow that',
+                {"key": "security.own_token_file", "peer": far[0]},
             )
         return self
 

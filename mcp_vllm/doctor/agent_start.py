@@ -17,6 +17,8 @@ from mcp_vllm.codec import CodecError, get_codec
 from mcp_vllm.config import Address, AgentConfig, Config
 from mcp_vllm.doctor.check import Check, fail, ok, warn
 from mcp_vllm.link.supervisor import own_socket_path
+from mcp_vllm.security.errors import SecurityError
+from mcp_vllm.security.tls import client_context
 
 DEADLINE_S = 2.0
 # sockaddr_un has 108 bytes, the last of which is zero.
@@ -44,11 +46,11 @@ def check_listen(config: Config) -> Check:
         return fail(
             name, f"cannot listen at {listen}: {error.strerror}", "use another address or port"
         )
-    if not listen.is_loopback:
+    if not listen.is_loopback and not config.security.tls.is_set:
         return warn(
             name,
             f"{listen} is free; whoever reaches it can read this host's chunks",
-            "keep it in a private network or VPN: there is no TLS and no authentication yet",
+            "set security.tls (docs/security.md), or keep it in a private network or VPN",
         )
     return ok(name, f"{listen} is free" if listen.port else "any free port")
 
@@ -65,7 +67,7 @@ def _bind_once(listen: Address) -> None:
 
 def _check_taken(config: Config, listen: Address) -> Check:
     name = "agent.listen"
-    health = ask_health(reachable_listen(config))
+    health = ask_health(config)
     if health is not None:
         return ok(
             name,
@@ -81,12 +83,17 @@ def _check_taken(config: Config, listen: Address) -> Check:
     return fail(name, f"{listen} is taken by another program", "set agent.listen to a free port")
 
 
-def ask_health(address: Address) -> dict[str, object] | None:
-    """What `/healthz` of an agent of ours says; None when nobody or somebody else answers."""
+def ask_health(config: Config) -> dict[str, object] | None:
+    """What `/healthz` of this host's agent says; None when nobody or somebody else answers."""
+    address, ca = reachable_listen(config), config.security.tls.ca
+    url = f"{'https' if ca else 'http'}://{address}/healthz"
     try:
-        with urllib.request.urlopen(f"http://{address}/healthz", timeout=DEADLINE_S) as response:
+        context = client_context(ca) if ca else None
+        if context is not None:
+            context.check_hostname = False  # a wildcard is asked at a loopback address
+        with urllib.request.urlopen(url, timeout=DEADLINE_S, context=context) as response:
             health = json.loads(response.read(MAX_HEALTH_BYTES))
-    except (OSError, ValueError, urllib.error.URLError):
+    except (OSError, ValueError, urllib.error.URLError, SecurityError):
         return None
     return health if isinstance(health, dict) and "agent_id" in health else None
 

@@ -14,9 +14,11 @@ import aiohttp
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.engine_port import LOOKUP_SHARE
+from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.config import Config
 from mcp_vllm.doctor.agent_start import reachable_listen
 from mcp_vllm.doctor.check import Check, fail, ok, warn
+from mcp_vllm.security.errors import SecurityError
 from mcp_vllm.session.fingerprint import Fingerprint
 
 DEADLINE_S = 2.0
@@ -36,24 +38,35 @@ def check_peers(config: Config, deadline_s: float = DEADLINE_S) -> list[Check]:
     if not config.peers:
         return [ok("peers", "none configured: contexts stay on this host")]
     local = str(reachable_listen(config))
-    own, *answers = asyncio.run(_ask_all([local, *config.peers], deadline_s))
+    try:
+        # The audit is the agent's to write.
+        security = AgentSecurity(config.security.model_copy(update={"audit_file": None}))
+    except SecurityError as error:
+        return [
+            fail("security", str(error), "mend the file, or name another one: docs/security.md")
+        ]
+    own, *answers = asyncio.run(_ask_all([local, *config.peers], security, deadline_s))
     return [
         _judge(name, answer, own.hello, config.agent.lookup_ms)
         for name, answer in zip(config.peers, answers, strict=True)
     ]
 
 
-async def _ask_all(names: Sequence[str], deadline_s: float) -> list[Answer]:
+async def _ask_all(
+    names: Sequence[str], security: AgentSecurity, deadline_s: float
+) -> list[Answer]:
     async with aiohttp.ClientSession() as http:
-        return await asyncio.gather(*(_ask(http, name, deadline_s) for name in names))
+        return await asyncio.gather(*(_ask(http, name, security, deadline_s) for name in names))
 
 
-async def _ask(http: aiohttp.ClientSession, name: str, deadline_s: float) -> Answer:
+async def _ask(
+    http: aiohttp.ClientSession, name: str, security: AgentSecurity, deadline_s: float
+) -> Answer:
     try:
         async with asyncio.timeout(deadline_s):
-            await _hello(http, name)
+            await _hello(http, name, security)
             started_s = time.monotonic()
-            hello = await _hello(http, name)
+            hello = await _hello(http, name, security)
             return Answer(hello, 1000 * (time.monotonic() - started_s))
     except TimeoutError:
         return Answer(fault=f"no answer within {deadline_s:g} s")
@@ -61,8 +74,11 @@ async def _ask(http: aiohttp.ClientSession, name: str, deadline_s: float) -> Ans
         return Answer(fault=str(error) or type(error).__name__)
 
 
-async def _hello(http: aiohttp.ClientSession, name: str) -> wire.PeerHello:
-    async with http.get(f"http://{name}/v1/hello") as response:
+async def _hello(http: aiohttp.ClientSession, name: str, security: AgentSecurity) -> wire.PeerHello:
+    url = f"{security.scheme}://{name}/v1/hello"
+    async with http.get(url, **security.request_options()) as response:
+        if response.status in (401, 403):
+            raise wire.WireError("http", "it refuses our certificate or token: ask its log")
         if response.status != 200:
             raise wire.WireError("http", f"it answers {response.status}: no agent of ours")
         body = bytearray()

@@ -32,8 +32,8 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.engine
 NUM_CHARS = 1500
 LOOKUP_MS = 2000
-STALL_MS = 500
-LOAD_MS = 3000
+STALL_MS = 3000
+LOAD_MS = 10_000
 
 Handler = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 

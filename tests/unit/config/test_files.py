@@ -54,3 +54,11 @@ def test_what_is_shown_reads_back_as_the_same_configuration(path: Path, tmp_path
 
 def test_a_shipped_file_names_no_key_twice_and_is_a_mapping() -> None:
     assert all(read_source(path)[1] for path in SHIPPED)
+
+
+def test_mtls_listens_for_others_without_being_insecure() -> None:
+    config = Config.load(ROOT / "configs" / "mtls.yaml", environ={})
+    assert not config.insecure
+    assert config.agent.listen == "192.0.2.1:7077"
+    assert config.security.tls.certificate == Path("/etc/mcp-vllm/192.0.2.1.pem")
+    assert config.security.token_keys is not None

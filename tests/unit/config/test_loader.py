@@ -79,7 +79,10 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(
         ({"agent": {"level": 1}}, '"agent.level" (did you mean "codec.level"?)'),
         ({"agent": {"xyzzy": 1}}, '"agent.xyzzy" (known: agent.socket, agent.listen,'),
         ({"agnt": {"listen": 1}}, '"agnt" (did you mean "agent"?)'),
-        ({"xyzzy": 1}, '"xyzzy" (known: version, host_cache_bytes, peers, insecure, agent, codec)'),
+        (
+            {"xyzzy": 1},
+            '"xyzzy" (known: version, host_cache_bytes, peers, insecure, agent, codec, security)',
+        ),
         ({1: 1}, '"1" (known: '),
     ],
 )

@@ -118,3 +118,26 @@ def test_a_child_process_does_not_look_at_the_environment(monkeypatch: pytest.Mo
 def test_json_that_is_not_ours_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="inline JSON: unknown key"):
         Config.from_json('{"nosuch": 1}')
+
+
+TLS = {"certificate": "c.pem", "key": "k.pem", "ca": "ca.pem"}
+
+
+def test_an_open_listen_address_is_fine_with_tls() -> None:
+    assert load(agent={"listen": "0.0.0.0:7077"}, security={"tls": TLS}).security.tls.is_set
+
+
+@pytest.mark.parametrize("missing", sorted(TLS))
+def test_tls_needs_all_of_its_files(missing: str) -> None:
+    tls = {name: path for name, path in TLS.items() if name != missing}
+    with pytest.raises(ConfigError, match='needs "certificate", "key" and "ca"'):
+        load(security={"tls": tls})
+
+
+def test_a_token_for_far_peers_needs_tls() -> None:
+    own = {"own_token_file": "token"}
+    assert load(peers=["127.0.0.1:7077"], security=own)
+    assert load(peers=["192.0.2.1:7077"], security={**own, "tls": TLS})
+    with pytest.raises(ConfigError, match="in the clear") as caught:
+        load(peers=["192.0.2.1:7077"], security=own)
+    assert "security.own_token_file" in str(caught.value)

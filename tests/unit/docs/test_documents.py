@@ -92,13 +92,23 @@ def faults_of(words: list[str]) -> list[str]:
         return [name]
     command = typer.main.get_command(importlib.import_module(COMMANDS[name].module).app)
     if isinstance(command, click.Group) or hasattr(command, "commands"):
-        if not rest or rest[0] == "--help":
+        while rest and rest[0].startswith("-"):
+            if rest[0] not in options_of(command):
+                return [f"{name} {rest[0]}"]
+            flags.remove(rest[0])
+            rest = rest[2:]
+        if not rest:
             return []
         if rest[0] not in command.commands:
             return [f"{name} {rest[0]}"]
         command = command.commands[rest[0]]
-    known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
-    return [flag for flag in flags if flag not in known]
+    return [flag for flag in flags if flag not in options_of(command)]
+
+
+def options_of(command: click.Command) -> set[str]:
+    """Its flags, in all their spellings."""
+    named = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    return named | {"--help"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
