@@ -58,7 +58,7 @@ def normalize(counts: UInt32s, frequencies: UInt16s) -> None:
                     largest = symbol
             # Not more than a quarter at once: the rounding error is shared by the largest few.
             change = min(excess, max(1, int(frequencies[row, largest]) // 4))
-            frequencies[row, largest] -= change
+            frequencies[row, largest] = int(frequencies[row, largest]) - change
             excess -= change
 
 

@@ -6,9 +6,11 @@ reaches only the owner, which then stops its servers in order, and nothing is le
 owner is killed. Use as a context manager, or call `stop()`.
 """
 
+import contextlib
 import http.client
 import importlib.metadata
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ _CPU_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+_PORTS = range(20_000, 32_000)
 _LOG_LINES = 30
 _POLL_INTERVAL_S = 0.25
 _PROBE_TIMEOUT_S = 5.0
@@ -41,10 +44,16 @@ class EngineFailed(McpError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody uses at this moment.
+
+    It lies below the range that systems take outgoing connections' ports from: a server may need a
+    minute to bind it.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise EngineFailed(f"no free port from {_PORTS.start} to {_PORTS.stop}")
 
 
 def is_cpu_build() -> bool:

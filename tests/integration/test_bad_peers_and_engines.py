@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -41,8 +42,14 @@ Handler = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 class BetweenPeer:
     """An HTTP server in a thread of its own; `fetch` and `lookup` may be replaced at any time."""
 
-    def __init__(self, good_url: str, port: int) -> None:
-        self._good_url, self._port = good_url, port
+    def __init__(self, good_url: str) -> None:
+        self._good_url = good_url
+        # Bound all the time, or an outgoing connection of somebody may take the port meanwhile; it
+        # does not listen, so a connection is refused while the server is closed.
+        self._placeholder = socket.socket()
+        self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._placeholder.bind(("127.0.0.1", 0))
+        self.port = self._placeholder.getsockname()[1]
         self.loop = asyncio.new_event_loop()
         self.reset()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -54,7 +61,7 @@ class BetweenPeer:
         self.fetch: Handler = self.pass_on("fetch")
 
     def listen(self) -> None:
-        start = asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        start = asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_port=True)
         self._server = asyncio.run_coroutine_threadsafe(start, self.loop).result(10)
 
     def close(self) -> None:
@@ -99,7 +106,7 @@ def good(tiny_model, log_folder):
 
 @pytest.fixture(scope="module")
 def between(good):
-    peer = BetweenPeer(good.agent_url, free_port())
+    peer = BetweenPeer(good.agent_url)
     yield peer
     peer.close()
 
@@ -110,7 +117,7 @@ def engine(tiny_model, log_folder, between):
     config = {
         "host_cache_bytes": "256MiB",
         "agent": {"listen": "127.0.0.1:0", "ram_bytes": "1GiB", **timing},
-        "peers": [f"127.0.0.1:{between._port}"],
+        "peers": [f"127.0.0.1:{between.port}"],
     }
     ours = ("--kv-connector", "mcp", "--mcp-config", json.dumps(config))
     log_path = log_folder / "engine-bad-peer.log"
@@ -232,9 +239,7 @@ def test_the_good_peer_behind_it_is_used_when_it_behaves(good, between, engine):
 
 def failure_logged(engine, between) -> bool:
     log = engine.log_path.read_text(errors="replace")
-    return any(
-        f"peer 127.0.0.1:{between._port}: {cause}" in log for cause in ("connect", "timeout")
-    )
+    return any(f"peer 127.0.0.1:{between.port}: {cause}" in log for cause in ("connect", "timeout"))
 
 
 def fresh_agent(engine) -> None:
