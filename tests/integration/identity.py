@@ -52,7 +52,7 @@ def check_pages_and_tokens(pair: Pair, prompts: list[str]) -> None:
     """B's imported pages are A's, byte for byte, and B continues as A does from its own cache."""
     a, b = urls(pair)
     for number, prompt in enumerate(prompts):
-        complete(a, prompt)
+        complete(a, prompt, 1)
         wait_until_stored(pair, "A")
         # From A's own prefix cache, or from its host chunks where the engine has no prefix cache.
         reference = complete(a, prompt)
