@@ -168,7 +168,8 @@ def report(console: Console, turns: list[Turn], codec: str) -> None:
         ("raw", sum(turn.whole_raw_bytes for turn in turns)),
         ("zstd", sum(turn.whole_zstd_bytes for turn in turns)),
     ):
-        if whole:
+        # Of frames that have lost something there is no telling what zstd would have made.
+        if name == "raw" or codec in lossless_names():
             console.print(f"the whole context each turn, {name}: {whole / wire:.1f} times as much")
 
 
