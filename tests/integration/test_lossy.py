@@ -20,7 +20,7 @@ PROMPTS = [
 ]
 NUM_TOKENS = 32
 # Least ratio on the wire and least length of the greedy answer that stays the same, on average.
-EXPECTED = {"near-lossless": (2.0, 24), "balanced": (3.5, 12), "small": (5.0, 6)}
+EXPECTED = {"near-lossless": (2.0, 16), "balanced": (3.5, 8), "small": (5.0, 4)}
 
 
 @pytest.fixture(scope="module", params=list(EXPECTED))
