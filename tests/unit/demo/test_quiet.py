@@ -6,7 +6,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import psutil
 import pytest
+from waiting import wait_for
 
 from mcp_vllm.demo.quiet import wait_until_quiet
 
@@ -42,7 +44,14 @@ def test_idle_processes_are_quiet(start):
 
 
 def test_a_busy_child_is_not(start):
-    assert not wait_until_quiet([start(IDLE), start(BUSY)], 1.5)
+    idle, busy = start(IDLE), start(BUSY)
+    wait_for("the child to be busy", lambda: child_seconds(busy) > 0.2)
+    assert not wait_until_quiet([idle, busy], 1.5)
+
+
+def child_seconds(parent):
+    children = psutil.Process(parent.pid).children(recursive=True)
+    return sum(child.cpu_times().user for child in children)
 
 
 def test_processes_that_ended_are_quiet():
