@@ -127,9 +127,7 @@ class MCPClient:
     ) -> None:
         """`token` is a bearer token; `options` go to httpx.Client: `verify` with the ssl.SSLContext
         of `mcp_vllm.security.tls.client_context`, `timeout`."""
-        options.setdefault("timeout", httpx.Timeout(READ_S, connect=CONNECT_S))
-        options.setdefault("auth", _Bearer(token) if token else None)
-        self._http = httpx.Client(base_url=base_url, **options)
+        self._http = httpx.Client(base_url=base_url, **(_defaults(token) | options))
         self._calls = _Calls(tenant)
 
     def __enter__(self) -> Self:
@@ -226,9 +224,7 @@ class AsyncMCPClient:
         **options: Any,
     ) -> None:
         """As for MCPClient; `options` go to httpx.AsyncClient."""
-        options.setdefault("timeout", httpx.Timeout(READ_S, connect=CONNECT_S))
-        options.setdefault("auth", _Bearer(token) if token else None)
-        self._http = httpx.AsyncClient(base_url=base_url, **options)
+        self._http = httpx.AsyncClient(base_url=base_url, **(_defaults(token) | options))
         self._calls = _Calls(tenant)
 
     async def __aenter__(self) -> Self:
@@ -311,6 +307,12 @@ class AsyncMCPClient:
         with _no_answer():
             response = await self._http.request(call.method, call.path, content=call.content)
         return call.result(response)
+
+
+def _defaults(token: str | None) -> dict[str, Any]:
+    """Options of httpx that both clients have unless told otherwise."""
+    timeout = httpx.Timeout(READ_S, connect=CONNECT_S)
+    return {"timeout": timeout, "auth": _Bearer(token) if token else None}
 
 
 class _Bearer(httpx.Auth):

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import numpy as np
+from loopback_server import LoopbackServer
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.server import Agent
@@ -246,24 +247,17 @@ class SimulatedPeer:
         self._lookup, self._fetch = lookup, fetch
         self.fetched: list[list[bytes]] = []
         self.lookups = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> SimulatedPeer:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.name = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        server = await self._stack.enter_async_context(LoopbackServer(self._serve).running())
+        self.name = server.address
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             size = int(head.partition("content-length:")[2].partition("\r\n")[0])

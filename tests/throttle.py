@@ -7,6 +7,8 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
+from loopback_server import LoopbackServer
+
 SLICE_BYTES = 16 << 10
 
 
@@ -20,8 +22,11 @@ class Throttle:
     def __init__(self, target: str, bytes_s: float) -> None:
         self.set_target(target)
         self.bytes_s = bytes_s
-        self.address = ""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = LoopbackServer(self._serve, SLICE_BYTES)
+
+    @property
+    def address(self) -> str:
+        return self._server.address
 
     def set_target(self, target: str) -> None:
         self._host, _, port = target.rpartition(":")
@@ -29,26 +34,14 @@ class Throttle:
 
     def cut(self) -> None:
         """Break every connection that is open now."""
-        for task in self._tasks:
-            task.cancel()
+        self._server.cut()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Throttle]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=SLICE_BYTES)
-        self.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
+        async with self._server.running():
             yield self
-        finally:
-            server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         ends = [writer]
         try:
             there = await asyncio.open_connection(self._host, self._port, limit=SLICE_BYTES)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcp_vllm.security.principal import ADMIN, BLOCKS_READ, SESSIONS_READ, SESSIONS_WRITE
-
-ONE = "/v1/sessions/{tenant}/{session_id}"
+from mcp_vllm.session.api import ONE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from mcp_vllm import __version__
 from mcp_vllm.agent.transfer_plan import sending_speeds
 from mcp_vllm.codec import ChunkLayout, Codec, CodecError, KVLayout, get_codec, needs_calibration
-from mcp_vllm.codec.calibration import Calibration
+from mcp_vllm.codec.calibration import Calibration, calibration_file
 from mcp_vllm.codec.loss import LOSSY_TIERS
 from mcp_vllm.codec.speeds import Speed, remembered
 from mcp_vllm.config import AUTO, KNOWN_CODECS, CodecConfig
@@ -155,8 +155,7 @@ class AgentCodecs:
     def _find_calibration(self, weights: str) -> Calibration | None:
         if not any(needs_calibration(name) for name in self._config.lossy):
             return None
-        default = self._cache_folder / "calibrations" / f"{weights}.npz"
-        path = self._config.calibration or default
+        path = self._config.calibration or calibration_file(self._cache_folder, weights)
         try:
             return Calibration.load(path)
         except (CodecError, OSError) as error:

@@ -13,8 +13,8 @@ import msgspec
 from mcp_vllm import __version__
 from mcp_vllm.agent.peer_report import PeersReport
 from mcp_vllm.session import api
+from mcp_vllm.session.api import ONE
 
-ONE = "/v1/sessions/{tenant}/{session_id}"
 JSON = "application/json"
 
 

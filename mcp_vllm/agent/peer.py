@@ -22,7 +22,7 @@ from mcp_vllm.agent.breaker import Breaker
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
-from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS, is_acceptable
+from mcp_vllm.codec.loss import LOSSES, is_acceptable
 from mcp_vllm.errors import McpError
 from mcp_vllm.session.api import Transfer
 from mcp_vllm.session.archive import ArchiveError, decode_manifest
@@ -314,9 +314,9 @@ class Peer:
     @staticmethod
     def _accepted_loss(loss_rank: int, lossy: Sequence[str]) -> str:
         """The loss of that rank. Raises WireError when there is none, or it was not asked for."""
-        if loss_rank > len(LOSSY_TIERS):
+        if loss_rank >= len(LOSSES):
             raise WireError("malformed", f"a loss of rank {loss_rank}")
-        loss = (EXACT, *LOSSY_TIERS)[loss_rank]
+        loss = LOSSES[loss_rank]
         if not is_acceptable(loss, lossy):
             raise WireError("lossy", f"a chunk that went through {loss}, which is not accepted")
         return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mcp_vllm.agent.codecs import EngineCodecs
+from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.codec import (
     FRAME_PREFIX_SIZE,
     ChecksumError,
@@ -15,6 +16,7 @@ from mcp_vllm.codec import (
     read_header,
 )
 from mcp_vllm.codec.loss import EXACT, is_acceptable, worst
+from mcp_vllm.store.ram import Chunk, ChunkKey
 
 
 def check_received(
@@ -32,7 +34,20 @@ def check_received(
     return header, loss
 
 
-def verify(key: bytes, frame: bytes, raw_bytes: int, coding: EngineCodecs) -> None:
+async def keep_verified(
+    context: AgentContext, name: ChunkKey, frame: bytes, header: FrameHeader, loss: str
+) -> None:
+    """Put a frame that `check_received` let through into the store, once it has been decoded.
+
+    Raises:
+        CodecError: it does not decode to what it says, or is not that chunk's.
+    """
+    coding = context.codecs.engine(name.namespace)
+    await context.in_pool(_verify, name.key, frame, header.raw_size, coding)
+    context.store.put(name, Chunk(header.layout, header.raw_size, frame=frame, loss=loss))
+
+
+def _verify(key: bytes, frame: bytes, raw_bytes: int, coding: EngineCodecs) -> None:
     """Decode a frame and throw the result away; codec work, so run it in the pool.
 
     A lossy frame for engines that have not connected here is checked for damage only: it cannot be

@@ -7,16 +7,15 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from mcp_vllm.agent import wire
-from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
-from mcp_vllm.agent.received import check_received, verify
-from mcp_vllm.codec import CodecError
+from mcp_vllm.agent.received import check_received, keep_verified
+from mcp_vllm.codec import CodecError, FrameError
 from mcp_vllm.codec.loss import is_acceptable
 from mcp_vllm.errors import McpError
 from mcp_vllm.session.api import Transfer
 from mcp_vllm.session.manifest import Manifest
-from mcp_vllm.store.ram import Chunk, ChunkKey
+from mcp_vllm.store.ram import ChunkKey
 
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.2
@@ -92,7 +91,8 @@ class SessionTransfer:
                 codec, count = self._next_request(wanted)
                 asked, wanted = wanted[:count], wanted[count:]
                 bounds = [self._sizes[key] + wire.FRAME_SLACK_BYTES for key in asked]
-                how = Wanted(codec, self._lossy, self._coding.calibration_id)
+                coding = self._context.codecs.engine(self._manifest.namespace)
+                how = Wanted(codec, self._lossy, coding.calibration_id)
                 frames = self._peer.fetch(self._manifest.namespace, asked, bounds, how)
                 async with contextlib.aclosing(frames):
                     async for fetched in frames:
@@ -115,19 +115,15 @@ class SessionTransfer:
         size = self._sizes[key]
         try:
             header, loss = check_received(fetched.frame, fetched.loss, size, self._lossy)
-            await self._context.in_pool(verify, key, fetched.frame, size, self._coding)
+            if header.raw_size != size:
+                raise FrameError(f"frame holds {header.raw_size} raw bytes, not {size}")
+            await keep_verified(self._context, self._name(key), fetched.frame, header, loss)
         except CodecError as error:
             self._peer.note_failure("malformed", str(error), fetching=True)
             raise PeerFailure("malformed", f"peer {self._peer.name}: {error}") from error
-        chunk = Chunk(header.layout, size, frame=fetched.frame, loss=loss)
-        self._context.store.put(self._name(key), chunk)
         self._report.num_sent += 1
         self._report.raw_bytes += size
         self._report.wire_bytes += len(fetched.frame)
-
-    @property
-    def _coding(self) -> EngineCodecs:
-        return self._context.codecs.engine(self._manifest.namespace)
 
     def _name(self, key: bytes) -> ChunkKey:
         return ChunkKey(self._manifest.namespace, key)

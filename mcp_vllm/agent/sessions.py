@@ -19,7 +19,7 @@ from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peer import Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
-from mcp_vllm.agent.received import check_received, verify
+from mcp_vllm.agent.received import check_received, keep_verified
 from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
 from mcp_vllm.codec import CodecError
 from mcp_vllm.errors import McpError
@@ -130,15 +130,12 @@ class Sessions:
     # ---- to and from files ------------------------------------------------------------------
 
     async def export(self, key: SessionKey) -> AsyncIterator[bytes]:
-        """The session as an archive, piece by piece.
+        """The session, which is awake, as an archive, piece by piece.
 
         Raises:
             SessionError: before the first piece, where it is not whole here.
         """
         manifest = self.get(key)
-        if manifest.parked:
-            await self.wake(key)
-            manifest = self.get(key)
         self.sizes(manifest)
         chunks = self.held(manifest)
         writer = ArchiveWriter()
@@ -198,10 +195,8 @@ class Sessions:
         lossy = self._context.config.codec.lossy_for(tenant, salted=False)
         frame = archived.frame
         header, loss = check_received(frame, archived.loss, MAX_FRAME_BYTES, lossy)
-        coding = self._context.codecs.engine(manifest.namespace)
-        await self._context.in_pool(verify, header.key, frame, header.raw_size, coding)
-        chunk = Chunk(header.layout, header.raw_size, frame=frame, loss=loss)
-        self._context.store.put(ChunkKey(manifest.namespace, header.key), chunk)
+        name = ChunkKey(manifest.namespace, header.key)
+        await keep_verified(self._context, name, frame, header, loss)
         return header.key
 
     async def park(self, key: SessionKey) -> None:

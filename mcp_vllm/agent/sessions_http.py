@@ -16,6 +16,7 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
 from mcp_vllm.session.api import (
     ARCHIVE_TYPE,
+    ONE,
     Failure,
     ForkRequest,
     PinRequest,
@@ -39,23 +40,22 @@ class SessionsHttp:
         self._sessions = sessions
 
     def routes(self) -> list[web.RouteDef]:
-        one = "/v1/sessions/{tenant}/{session_id}"
         return [
             web.get("/v1/sessions", self._list),
             web.post("/v1/sessions/import", self._import),
-            web.get(one, self._show),
-            web.delete(one, self._delete),
-            web.get(f"{one}/manifest", self._manifest),
-            web.get(f"{one}/export", self._export),
-            web.post(f"{one}/copy", self._copy),
-            web.post(f"{one}/move", self._move),
-            web.post(f"{one}/pull", self._pull),
-            web.post(f"{one}/prefetch", self._prefetch),
-            web.post(f"{one}/fork", self._fork),
-            web.post(f"{one}/pin", self._pin),
-            web.post(f"{one}/unpin", self._unpin),
-            web.post(f"{one}/park", self._park),
-            web.post(f"{one}/wake", self._wake),
+            web.get(ONE, self._show),
+            web.delete(ONE, self._delete),
+            web.get(f"{ONE}/manifest", self._manifest),
+            web.get(f"{ONE}/export", self._export),
+            web.post(f"{ONE}/copy", self._copy),
+            web.post(f"{ONE}/move", self._move),
+            web.post(f"{ONE}/pull", self._pull),
+            web.post(f"{ONE}/prefetch", self._prefetch),
+            web.post(f"{ONE}/fork", self._fork),
+            web.post(f"{ONE}/pin", self._pin),
+            web.post(f"{ONE}/unpin", self._unpin),
+            web.post(f"{ONE}/park", self._park),
+            web.post(f"{ONE}/wake", self._wake),
             web.post("/v1/drain", self._drain),
             web.get("/v1/openapi.json", self._openapi),
         ]

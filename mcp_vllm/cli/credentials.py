@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 
 import typer
 
-from mcp_vllm.config import Address
+from mcp_vllm.config import Address, AgentConfig
 from mcp_vllm.security.errors import SecurityError
 from mcp_vllm.security.tls import client_context
 from mcp_vllm.security.tokens import read_token
 
 TOKEN_VARIABLE = "MCP_VLLM_TOKEN"
-DEFAULT_AGENT = "127.0.0.1:7077"
+DEFAULT_AGENT = AgentConfig().listen
 
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", metavar="FILE", help="Bearer token to present.")

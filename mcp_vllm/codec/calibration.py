@@ -46,6 +46,11 @@ _MAX_DESCRIPTION_BYTES = 16 << 20
 _ARRAYS = ("mean", "analysis", "synthesis", "deviation", "frequencies")
 
 
+def calibration_file(cache_folder: Path, weights_identity: str) -> Path:
+    """Where the calibration of the model with weights of that identity is kept."""
+    return cache_folder / "calibrations" / f"{weights_identity}.npz"
+
+
 @dataclass(frozen=True, eq=False)
 class Band:
     """One transform. All arrays float32.

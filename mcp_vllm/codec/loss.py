@@ -13,7 +13,10 @@ EXACT = ""
 # From the one that promises most to the one that promises least.
 LOSSY_TIERS = ("near-lossless", "balanced", "small")
 
-_RANKS = {EXACT: 0} | {name: rank for rank, name in enumerate(LOSSY_TIERS, start=1)}
+# By rank.
+LOSSES = (EXACT, *LOSSY_TIERS)
+
+_RANKS = {name: rank for rank, name in enumerate(LOSSES)}
 
 
 def worst(losses: Iterable[str]) -> str:

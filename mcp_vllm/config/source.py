@@ -83,7 +83,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _parse_yaml(label: str, text: str) -> object:
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return _StrictLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{label}, line {mark.line + 1}" if mark else label

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcp_vllm.cache_folder import cache_root
-from mcp_vllm.codec.calibration import Calibration
+from mcp_vllm.codec.calibration import Calibration, calibration_file
 from mcp_vllm.session.weights_identity import weights_identity
 
 
 def calibration_path(model: Path) -> Path:
     """In the user's cache folder, by the content of the model's weights."""
-    identity = weights_identity(model, cache_root())
-    return cache_root() / "calibrations" / f"{identity}.npz"
+    return calibration_file(cache_root(), weights_identity(model, cache_root()))
 
 
 def find_calibration(model: Path) -> Calibration | None:

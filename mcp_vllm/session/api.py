@@ -9,6 +9,8 @@ import msgspec
 from mcp_vllm.session.manifest import MAX_NAME_CHARS
 
 MAX_TTL_S = 365 * 24 * 3600.0
+# The route of one session.
+ONE = "/v1/sessions/{tenant}/{session_id}"
 ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import msgspec
 from blake3 import blake3
 
-from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS
+from mcp_vllm.codec.loss import LOSSES
 from mcp_vllm.errors import McpError
 from mcp_vllm.session.manifest import FORMAT_VERSION, Manifest, checked_name
 
@@ -34,7 +34,6 @@ DIGEST_BYTES = 32
 
 _START = struct.Struct("<4sBI")
 _FRAME = struct.Struct("<QB")
-_LOSSES = (EXACT, *LOSSY_TIERS)
 
 
 class ArchiveError(McpError):
@@ -66,7 +65,7 @@ def decode_manifest(body: bytes) -> Manifest:
         raise ArchiveError(f"manifest of version {manifest.version}, not {FORMAT_VERSION}")
     if any(not 4 < len(key) <= MAX_KEY_BYTES for chain in manifest.chains for key in chain):
         raise ArchiveError("malformed manifest: a key of impossible length")
-    if manifest.loss not in _LOSSES or manifest.num_tokens < 0 or manifest.turns < 0:
+    if manifest.loss not in LOSSES or manifest.num_tokens < 0 or manifest.turns < 0:
         raise ArchiveError("malformed manifest: a value outside its range")
     return manifest
 
@@ -85,7 +84,7 @@ class ArchiveWriter:
 
     def add(self, chunk: ArchivedFrame) -> Iterator[bytes]:
         """Two pieces: a head and the frame itself."""
-        yield self._passed(_FRAME.pack(len(chunk.frame), _LOSSES.index(chunk.loss)))
+        yield self._passed(_FRAME.pack(len(chunk.frame), LOSSES.index(chunk.loss)))
         yield self._passed(chunk.frame)
 
     def end(self) -> bytes:
@@ -123,13 +122,13 @@ class ArchiveReader:
             if size == 0:
                 if not self._take_end():
                     return
-            elif size > MAX_FRAME_BYTES or loss_rank >= len(_LOSSES):
+            elif size > MAX_FRAME_BYTES or loss_rank >= len(LOSSES):
                 raise ArchiveError("the archive is damaged: an impossible frame")
             elif len(self._pending) < _FRAME.size + size:
                 return
             else:
                 body = self._take(_FRAME.size + size)
-                yield ArchivedFrame(body[_FRAME.size :], _LOSSES[loss_rank])
+                yield ArchivedFrame(body[_FRAME.size :], LOSSES[loss_rank])
 
     def close(self) -> None:
         """There is no more. Raises ArchiveError unless the archive is complete."""

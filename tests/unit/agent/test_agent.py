@@ -164,6 +164,20 @@ async def test_only_what_is_missing_travels_and_nothing_twice(tmp_path: Path) ->
                 assert engine.payload(10 + number) == engine.payload(number)
 
 
+async def start_loads(
+    engine: SimulatedEngine, peer: SimulatedPeer, *wanted: list[bytes]
+) -> list[asyncio.Task]:
+    """A load of each, into chunks 10, 11, ..., then 20, ...; the first has asked the peer."""
+    loads = []
+    for number, names in enumerate(wanted):
+        engine.prepare(f"r{number}")
+        assert await engine.lookup(f"r{number}", names) == [1] * len(names)
+        chunk_ids = [10 * (number + 1) + index for index in range(len(names))]
+        loads.append(asyncio.create_task(engine.load(f"r{number}", names, chunk_ids)))
+        await until(lambda: peer.fetched, "the first load to ask")
+    return loads
+
+
 async def test_two_loads_at_once_fetch_each_chunk_once(tmp_path: Path) -> None:
     path = tmp_path / "a.sock"
     both_wait = asyncio.Event()
@@ -178,13 +192,7 @@ async def test_two_loads_at_once_fetch_each_chunk_once(tmp_path: Path) -> None:
     ):
         with SimulatedEngine(path) as engine:
             await engine.connected()
-            loads = []
-            for number, wanted in enumerate((keys(0, 1, 2), keys(1, 2, 3))):
-                engine.prepare(f"r{number}")
-                assert await engine.lookup(f"r{number}", wanted) == [1] * 3
-                chunk_ids = [10 * (number + 1) + index for index in range(3)]
-                loads.append(asyncio.create_task(engine.load(f"r{number}", wanted, chunk_ids)))
-                await until(lambda: peer.fetched, "the first load to ask")
+            loads = await start_loads(engine, peer, keys(0, 1, 2), keys(1, 2, 3))
             await until(lambda: len(peer.fetched) == 2, "the second load to ask for the rest")
             both_wait.set()
             first, second = [await load for load in loads]
@@ -214,13 +222,7 @@ async def test_what_a_failed_load_did_not_bring_is_fetched_by_the_other(tmp_path
     ):
         with SimulatedEngine(path) as engine:
             await engine.connected()
-            loads = []
-            for number in range(2):
-                engine.prepare(f"r{number}")
-                assert await engine.lookup(f"r{number}", keys(0, 1)) == [1, 1]
-                chunk_ids = [10 * (number + 1), 10 * (number + 1) + 1]
-                loads.append(asyncio.create_task(engine.load(f"r{number}", keys(0, 1), chunk_ids)))
-                await until(lambda: peer.fetched, "the first load to ask")
+            loads = await start_loads(engine, peer, keys(0, 1), keys(0, 1))
             asked_twice.set()
             first, second = [await load for load in loads]
             assert first.failed == {0, 1}
