@@ -38,7 +38,7 @@ demo: $(STAMP) ## Move a chat between two real engines and show what it saved
 	$(VENV)/bin/mcp-vllm demo
 
 test: $(STAMP) ## Run the tests: units, faults, and the main ones on real engines
-	$(PY) -m pytest tests -m "not slow"
+	$(PY) -m pytest tests -m "not slow" --durations=12
 
 test-unit: $(STAMP) ## Run the unit tests only (they need no vLLM)
 	$(PY) -m pytest tests/unit

@@ -36,8 +36,7 @@ def main() -> None:
     step(3, " ".join(torch))
     install_torch(uv, torch, args.torch_index)
     step(4, f"{len(pins) - len(torch)} packages of {args.lock.name}")
-    # Compiled here once: an engine imports thousands of modules, in several processes.
-    uv.install([pin for pin in pins if pin not in torch], "--compile-bytecode", *uv.options)
+    uv.install([pin for pin in pins if pin not in torch], *uv.options)
     step(5, "mcp-vllm itself")
     uv.install([], "--no-build-isolation", "--editable", str(ROOT))
     run(python, str(ROOT / "patches" / "vllm-metadata" / "generate.py"))
@@ -83,9 +82,19 @@ class Uv:
         return dry.returncode == 0
 
     def install(self, pins: list[str], *options: str) -> None:
-        """Install `pins` and nothing else; uv shows its progress."""
+        """Install `pins` and nothing else; uv shows its progress.
+
+        Compiled at once: an engine imports thousands of modules, in several processes.
+        """
         listed = ["--requirements", "-"] if pins else []
-        run(*self._command, *options, *listed, environ=self._environ, text="\n".join(pins))
+        run(
+            *self._command,
+            "--compile-bytecode",
+            *options,
+            *listed,
+            environ=self._environ,
+            text="\n".join(pins),
+        )
 
 
 def install_torch(uv: Uv, torch: list[str], torch_index: str) -> None:
