@@ -20,7 +20,13 @@ from mcp_vllm.codec.fit import fit_band
 from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS
 from mcp_vllm.codec.planes import Source
 from mcp_vllm.codec.transform import to_coefficients, to_values
-from mcp_vllm.quality.calibrate import WINDOW_TOKENS, Layer, layers_of_windows, library_text
+from mcp_vllm.quality.calibrate import (
+    WINDOW_TOKENS,
+    Layer,
+    layers_of_windows,
+    library_text,
+    windows_of_text,
+)
 from mcp_vllm.quality.model import Model
 
 STEPS = (0.0025, 0.005, 0.01, 0.02, 0.04)
@@ -121,7 +127,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = Model.load(args.model)
     text = library_text(6 * args.windows * WINDOW_TOKENS)
-    layers = layers_of_windows(model, text, args.windows, lambda done, total: None)[:: args.every]
+    spans = windows_of_text(model, text, args.windows)
+    layers = layers_of_windows(model, spans, lambda done, total: None)[:: args.every]
     print(f"{'ratio at a harm of':66}" + "".join(f"{harm:8g}" for harm in HARMS))
     for variant in VARIANTS:
         ratios, harms = zip(*curve(layers, variant), strict=True)

@@ -68,24 +68,22 @@ def _cut(text: str, rng: random.Random) -> str:
 
 
 def calibrate(
-    model: Model, text: str, num_windows: int, on_step: Callable[[int, int], None]
+    model: Model, spans: Sequence[torch.Tensor], on_step: Callable[[int, int], None]
 ) -> Calibration:
-    """Calibration from the first windows of a text; ``on_step`` hears how many of all are done.
+    """Calibration from windows of int64 [token]; ``on_step`` hears how many of all are done.
 
-    UnusableModel where the text is too short, or the model keeps no K and V per layer.
+    UnusableModel where the model keeps no K and V per layer.
     """
     bands, coefficients = [], []
-    for index, layer in enumerate(layers_of_windows(model, text, num_windows, on_step)):
+    for index, layer in enumerate(layers_of_windows(model, spans, on_step)):
         for band, of_band in _fit_layer(index, layer):
             bands.append(band)
             coefficients.append(of_band)
     return Calibration(model.path.name, tuple(bands), tail_of(coefficients))
 
 
-def layers_of_windows(
-    model: Model, text: str, num_windows: int, on_step: Callable[[int, int], None]
-) -> list[Layer]:
-    """Samples of each layer, all windows one after the other."""
+def windows_of_text(model: Model, text: str, num_windows: int) -> list[torch.Tensor]:
+    """The first windows of a text, int64 [WINDOW_TOKENS - 1]; UnusableModel where it is short."""
     tokens = model.tokens_of(text)
     spans = list(windows(tokens, WINDOW_TOKENS - 1, WINDOW_TOKENS - 1))[:num_windows]
     if len(spans) < num_windows:
@@ -93,11 +91,18 @@ def layers_of_windows(
             f"the text has {len(tokens)} tokens, {num_windows * WINDOW_TOKENS} are needed;"
             " give more text, or fewer --windows"
         )
+    return spans
+
+
+def layers_of_windows(
+    model: Model, spans: Sequence[torch.Tensor], on_step: Callable[[int, int], None]
+) -> list[Layer]:
+    """Samples of each layer, all windows one after the other."""
     rng = torch.Generator().manual_seed(0)
     sampled = []
     for index, span in enumerate(spans):
         sampled.append(_sample(model, model.context(span), rng))
-        on_step(index + 1, num_windows)
+        on_step(index + 1, len(spans))
     return [_joined(of_layer) for of_layer in zip(*sampled, strict=True)]
 
 

@@ -9,7 +9,7 @@ from mcp_vllm.codec import get_codec
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from mcp_vllm.quality import calibrate, report, restore, run  # noqa: E402
+from mcp_vllm.quality import calibrate, own_text, report, restore, run  # noqa: E402
 from mcp_vllm.quality.model import Model, UnusableModel, prefill  # noqa: E402
 
 SETTING = run.Setting(prefix=64, continuation=17, block=16, most_segments=3, greedy=4)
@@ -43,7 +43,8 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def calibration(model):
-    return calibrate.calibrate(model, calibrate.library_text(4000), 4, lambda done, total: None)
+    spans = calibrate.windows_of_text(model, calibrate.library_text(4000), 4)
+    return calibrate.calibrate(model, spans, lambda done, total: None)
 
 
 def nothing(done: int, total: int) -> None:
@@ -94,4 +95,14 @@ def test_a_text_that_is_too_short_is_refused(model, calibration):
     with pytest.raises(Exception, match="--prefix"):
         run.run(model, {"t": "abc"}, [lossless], None, SETTING, nothing)
     with pytest.raises(UnusableModel, match="--windows"):
-        calibrate.calibrate(model, "abc", 4, nothing)
+        calibrate.windows_of_text(model, "abc", 4)
+
+
+def test_the_model_writes_windows_of_its_own_that_begin_with_the_openers(model):
+    windows = own_text.own_tokens(model, 18, 40, nothing)
+    assert [len(window) for window in windows] == [40] * 18
+    for window, opener in zip(windows, own_text.OPENERS, strict=False):
+        opened = model.tokens_of(opener)
+        assert window[: len(opened)].tolist() == opened.tolist()
+    again = own_text.own_tokens(model, 18, 40, nothing)
+    assert all(map(torch.equal, windows, again))
