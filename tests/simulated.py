@@ -262,6 +262,11 @@ class SimulatedPeer:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             size = int(head.partition("content-length:")[2].partition("\r\n")[0])
             asked = msgspec.msgpack.decode(await reader.readexactly(size))
+            if "directory" in head.partition("\r\n")[0]:
+                http_head(writer, "404 Not Found")
+                await writer.drain()
+                writer.close()
+                return
             if "lookup" in head.partition("\r\n")[0]:
                 self.lookups += 1
                 await self._lookup(asked["keys"], writer)

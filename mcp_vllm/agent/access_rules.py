@@ -33,6 +33,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/peers"): _READ,
     ("GET", "/v1/hello"): Rule(BLOCKS_READ),
     ("POST", "/v1/blocks/lookup"): Rule(BLOCKS_READ, all_tenants=True),
+    ("POST", "/v1/directory"): Rule(BLOCKS_READ, all_tenants=True),
     ("POST", "/v1/blocks/fetch"): Rule(BLOCKS_READ, "blocks", all_tenants=True),
     ("GET", f"{ONE}/manifest"): Rule(BLOCKS_READ, "session"),
     ("POST", f"{ONE}/pull"): Rule(BLOCKS_READ, "session"),

@@ -40,6 +40,13 @@ class Breaker:
         self._on_trial = True
         return True
 
+    def trip(self) -> None:
+        """Open at once: the peer is known to be gone."""
+        self._failures = max(self._failures, FAILURES_TO_OPEN)
+        self._on_trial = False
+        if self._open_until_s is None:
+            self._open_until_s = self.clock() + self._backoff_s
+
     def succeeded(self) -> None:
         self._failures = 0
         self._backoff_s = BACKOFF_MIN_S

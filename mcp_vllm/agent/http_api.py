@@ -13,10 +13,12 @@ from aiohttp.typedefs import Middleware
 from mcp_vllm import __version__
 from mcp_vllm.agent import peer_report, wire
 from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.directory_http import DirectoryHttp
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.agent.sessions_http import SessionsHttp, session_errors
+from mcp_vllm.agent.streaming import write
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.codec.loss import is_acceptable, rank
 from mcp_vllm.store.ram import Chunk, ChunkKey
@@ -25,9 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Frames encoded ahead of the one being sent, so that encoding and sending overlap.
 ENCODE_AHEAD = 4
-# A peer that does not take a slice of a frame for this long is not reading any more.
+# Of a frame, at once.
 SLICE_BYTES = 256 << 10
-SEND_STALL_S = 30.0
 
 
 class HttpApi:
@@ -40,6 +41,7 @@ class HttpApi:
         self._peers = peers
         self._sessions = SessionsHttp(context, sessions)
         self._encoder = encoder
+        self._directory = DirectoryHttp(context)
 
     def application(self, guards: Sequence[Middleware]) -> web.Application:
         """The routes behind `guards`, the outermost first."""
@@ -55,9 +57,11 @@ class HttpApi:
                 web.get("/v1/peers", self._list_peers),
                 web.post("/v1/blocks/lookup", self._lookup),
                 web.post("/v1/blocks/fetch", self._fetch),
+                *self._directory.routes(),
                 *self._sessions.routes(),
             ]
         )
+        app.on_shutdown.append(self._directory.end)
         return app
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -83,6 +87,8 @@ class HttpApi:
         metrics.held_bytes.set(size.held_bytes)
         metrics.evictions.set(context.store.evictions)
         metrics.sessions.set(len(context.sessions))
+        for peer in self._peers:
+            metrics.directory_chunks.labels(peer.name).set(peer.directory.num_chunks)
         return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
 
     async def _hello(self, request: web.Request) -> web.Response:
@@ -148,24 +154,15 @@ class HttpApi:
         self, response: web.StreamResponse, index: int, loss: str, frame: bytes
     ) -> None:
         head = wire.FRAME_HEAD.pack(index, rank(loss), len(frame))
-        await _write(response, head)
+        await write(response, head)
         for start in range(0, len(frame), SLICE_BYTES):
-            await _write(response, memoryview(frame)[start : start + SLICE_BYTES])
+            await write(response, memoryview(frame)[start : start + SLICE_BYTES])
         self._context.metrics.wire_sent_bytes.inc(len(head) + len(frame))
         self._context.metrics.sent_chunks.inc()
 
     def _fingerprints(self) -> list[dict[str, str]]:
         known = list(self._context.fingerprints.values())
         return [dict(fingerprint.fields) for fingerprint in known[-wire.MAX_FINGERPRINTS :]]
-
-
-async def _write(response: web.StreamResponse, part: bytes | memoryview) -> None:
-    """Send it. Raises ConnectionError when the peer does not read."""
-    try:
-        async with asyncio.timeout(SEND_STALL_S):
-            await response.write(part)
-    except TimeoutError as error:
-        raise ConnectionResetError("the peer does not read what it asked for") from error
 
 
 @web.middleware

@@ -40,6 +40,10 @@ class LinkMeter:
         return self._bytes > 0
 
     @property
+    def knows_latency(self) -> bool:
+        return self._latency_s is not None
+
+    @property
     def link(self) -> Link:
         latency_s = ASSUMED.latency_s if self._latency_s is None else self._latency_s
         if not self.is_measured:

@@ -1,7 +1,8 @@
 """Bringing one load's chunks into an engine: from our store, then from peers, before a deadline.
 
-Whatever fails is tried at the next holder; what is left at the end is reported as failed and the
-engine recomputes it. Frames are verified before they become visible to the engine or the store.
+Each chunk comes from its nearest holder (`nearest`). Whatever fails is tried at the next holder;
+what is left at the end is reported as failed and the engine recomputes it. Frames are verified
+before they become visible to the engine or the store.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
+from mcp_vllm.agent.nearest import next_errand
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
 from mcp_vllm.agent.received import check_received
 from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
@@ -119,18 +121,18 @@ class LoadJob:
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
         while self._missing:
-            peer = self._next_peer(tried)
-            if peer is None:
+            errand = next_errand(
+                self._missing, self._holders_of, lambda i: self._group(i).raw_bytes, tried
+            )
+            if errand is None:
                 self._causes.setdefault("gone")
                 return
-            wanted = {
-                self._name(i): i for i in sorted(self._missing) if peer in self._holders_of(i)
-            }
+            wanted = {self._name(index): index for index in errand.wanted}
             with self.context.flights.claim(list(wanted)) as claimed:
                 if claimed:
-                    tried.add(peer)
-                    self._asked = peer
-                    await self._fetch(peer, [wanted[name] for name in claimed])
+                    tried.add(errand.peer)
+                    self._asked = errand.peer
+                    await self._fetch(errand.peer, [wanted[name] for name in claimed])
                     self._asked = None
             await self._from_other_flights([name for name in wanted if name not in claimed])
 
@@ -142,15 +144,6 @@ class LoadJob:
             await self.context.flights.wait(name)
         await self._from_store()
 
-    def _next_peer(self, tried: set[Peer]) -> Peer | None:
-        """The untried peer that holds most of what is missing."""
-        counts: dict[Peer, int] = {}
-        for index in self._missing:
-            for peer in self._holders_of(index):
-                if peer not in tried:
-                    counts[peer] = counts.get(peer, 0) + 1
-        return max(counts, key=lambda peer: counts[peer], default=None)
-
     async def _fetch(self, peer: Peer, wanted: Sequence[int]) -> None:
         # Decoding keeps up with the stream or slows it down: never more frames than this at once.
         room = asyncio.Semaphore(2 * self.context.codec_threads + 2)
@@ -160,13 +153,16 @@ class LoadJob:
                 while wanted:
                     codec, count = self._next_request(peer, wanted)
                     asked, wanted = wanted[:count], wanted[count:]
+                    lacking = set(asked)
                     async with contextlib.aclosing(self._frames(peer, asked, codec)) as frames:
                         async for fetched in frames:
+                            lacking.discard(asked[fetched.index])
                             await room.acquire()
                             landing = self._land_fetched(
                                 peer, asked[fetched.index], fetched, outcome
                             )
                             tasks.create_task(landing).add_done_callback(lambda _: room.release())
+                    peer.note_lacking(self.namespace, [self.keys[index] for index in lacking])
             except PeerFailure as failure:
                 # What came before the failure is whole and lands. The peer has counted it.
                 self._causes[failure.cause] = None
@@ -177,6 +173,8 @@ class LoadJob:
             peer.note_failure(cause, str(outcome.damage), fetching=True)
         elif outcome.num_landed and not outcome.is_counted:
             peer.note_fetched()
+        elif not outcome.is_counted:
+            peer.note_failure("gone", "it had nothing of what it said it has", fetching=True)
 
     def _next_request(self, peer: Peer, wanted: Sequence[int]) -> tuple[str, int]:
         """The codec to ask for, and how many of the wanted chunks."""
@@ -191,7 +189,13 @@ class LoadJob:
     ) -> AsyncGenerator[FetchedFrame, None]:
         keys = [self.keys[index] for index in asked]
         bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in asked]
-        wanted = Wanted(codec, self.lossy, self._coding.calibration_id)
+        wanted = Wanted(
+            codec,
+            self.lossy,
+            self._coding.calibration_id,
+            # Its directory may not know yet that it is dead: that costs a lookup's time, no more.
+            answer_s=self.context.config.agent.lookup_ms / 1000,
+        )
         return peer.fetch(self.namespace, keys, bounds, wanted)
 
     async def _land_fetched(

@@ -11,14 +11,24 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from urllib.parse import quote
+from enum import StrEnum
 
 import aiohttp
-import msgspec
-from yarl import URL
+import numpy as np
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
+from mcp_vllm.agent.chunk_set import Hashes, hash_keys
+from mcp_vllm.agent.directory_view import DirectoryView
+from mcp_vllm.agent.peer_http import (
+    FAULTS,
+    MAX_DETAIL_CHARS,
+    Member,
+    PeerHttp,
+    cause_of,
+    check_status,
+    session_path,
+)
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
@@ -32,11 +42,19 @@ from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 logger = logging.getLogger(__name__)
 
-# Of what a peer says, this much goes into a log line.
-MAX_DETAIL_CHARS = 500
 # A parked session is woken before its manifest is answered; a pull is a whole transfer.
 MANIFEST_S = 60.0
 PULL_S = 3600.0
+
+
+class Following(StrEnum):
+    """What is known of a peer's directory (`directory_link`)."""
+
+    CONNECTING = "connecting"  # asked by lookups meanwhile
+    SYNCED = "synced"
+    NONE = "asked each time"  # an older agent, or too much to note
+    DOWN = "down"  # not asked: the link tries
+    SELF = "this agent"
 
 
 class PeerFailure(McpError):
@@ -50,11 +68,12 @@ class PeerFailure(McpError):
 @dataclass(frozen=True)
 class Wanted:
     """How frames are asked for: in `codec` ("": as stored), with loss of the tiers `lossy` at most,
-    by the calibration of that id."""
+    by the calibration of that id; the answer begins within `answer_s` (None: of `stall_s`)."""
 
     codec: str
     lossy: Sequence[str] = ()
     calibration_id: bytes = b""
+    answer_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,48 +86,74 @@ class FetchedFrame:
 
 
 class Peer:
-    """One configured peer.
+    """One peer, configured or discovered.
 
     Args:
-        name: "HOST:PORT" as configured; also its name in metrics and logs.
+        member: where it is.
         http: shared client session.
         stall_s: a connection, and each read from it, may take that long.
         security: our certificate and token for it.
+        directory: what it says it has.
+
+    Attributes:
+        name: "HOST:PORT"; also its name in metrics and logs.
+        following: set by the link that feeds the directory.
     """
 
     def __init__(
         self,
-        name: str,
+        member: Member,
         http: aiohttp.ClientSession,
         metrics: AgentMetrics,
         stall_s: float,
         security: AgentSecurity,
+        directory: DirectoryView,
     ) -> None:
-        self.name = name
+        self.member = member
+        self.name = member.name
+        self.directory = directory
+        self.following = Following.CONNECTING
         self.breaker = Breaker()
         self.plan = TransferPlan()
-        self._http = http
+        self._http = PeerHttp(member, http, stall_s, security)
         self._metrics = metrics
-        # aiohttp's own read timeout is not used: when the end of a body arrives while reading is
-        # paused, it stays armed on the pooled connection and fails a later request (3.14).
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, connect=stall_s)
         self._stall_s = stall_s
-        self._security = security
         self._fetch_fails = False
         self._logged_causes: set[str] = set()
         self._logged_fields: set[str] = set()
-        metrics.peer_up.labels(name).set(1)
+        metrics.peer_up.labels(self.name).set(1)
 
     async def hello(self) -> wire.PeerHello:
         """Who is there. Raises PeerFailure."""
         try:
             async with (
                 asyncio.timeout(self._stall_s),
-                self._get(self._url("hello")) as response,
+                self._http.get("/v1/hello") as response,
             ):
-                return wire.decode(wire.PeerHello, await self._body(response))
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+                return wire.decode(wire.PeerHello, await self._http.body(response))
+        except FAULTS as error:
             raise self._failure(error) from error
+
+    def follow_directory(self):  # type: ignore[no-untyped-def]
+        """The response to a request for its directory, to be entered and read by the link."""
+        return self._http.post("/v1/directory", self.directory.follow())
+
+    def find(self, fingerprint: Fingerprint, hashes: Hashes, lossy: Sequence[str]) -> Sequence[int]:
+        """Which of these keys its directory says are there, by index; nothing is asked.
+
+        Empty too while the peer is avoided. What a lookup would tell of codecs is learned.
+        """
+        directory, namespace = self.directory, fingerprint.digest
+        if not directory.knows(namespace):
+            self.report_mismatch(fingerprint, directory.about.fingerprints)
+            return ()
+        (found,) = np.nonzero(directory.find(namespace, hashes, lossy))
+        if not len(found) or not self.breaker.allow():
+            return ()
+        about = directory.about
+        self.plan.learn_sender(about.stored_codec, about.send_bytes_s.get(namespace, {}))
+        indices: list[int] = found.tolist()
+        return indices
 
     async def lookup(
         self, fingerprint: Fingerprint, keys: Sequence[bytes], lossy: Sequence[str]
@@ -121,10 +166,10 @@ class Peer:
         """
         request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys), list(lossy))
         try:
-            async with self._post(self._url("blocks/lookup"), request) as response:
-                reply = wire.decode(wire.LookupReply, await self._body(response))
+            async with self._http.post("/v1/blocks/lookup", request) as response:
+                reply = wire.decode(wire.LookupReply, await self._http.body(response))
             if reply.fingerprints:
-                self._report_mismatch(fingerprint, reply.fingerprints)
+                self.report_mismatch(fingerprint, reply.fingerprints)
             present = reply.present or bytes(len(keys))
             if len(present) != len(keys):
                 raise WireError("malformed", "the answer does not fit the question")
@@ -132,7 +177,7 @@ class Peer:
         except asyncio.CancelledError:
             self.note_failure("timeout", "no answer to a lookup within the deadline")
             raise
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+        except FAULTS as error:
             raise self._failure(error) from error
         if not self._fetch_fails:  # answering questions does not make up for broken transfers
             self._worked()
@@ -163,16 +208,16 @@ class Peer:
         previous = -1
         asked_s = time.perf_counter()
         try:
-            async with asyncio.timeout(self._stall_s):
-                response = await self._post(self._url("blocks/fetch"), request)
+            async with asyncio.timeout(wanted.answer_s or self._stall_s):
+                response = await self._http.post("/v1/blocks/fetch", request)
             self.plan.meter.note_latency(time.perf_counter() - asked_s)
             async with response:
-                await self._check_status(response)
+                await check_status(response)
                 while True:
-                    head = await self._read(response, wire.FRAME_HEAD.size)
+                    head = await self._http.read(response, wire.FRAME_HEAD.size)
                     index, loss_rank, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
-                        await self._end_of(response)
+                        await self._http.end_of(response)
                         break
                     if not previous < index < len(keys):
                         raise WireError("malformed", f"a frame for key {index} of {len(keys)}")
@@ -181,11 +226,11 @@ class Peer:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
                     loss = self._accepted_loss(loss_rank, wanted.lossy)
                     begun_s = time.perf_counter()
-                    frame = await self._read(response, size)
+                    frame = await self._http.read(response, size)
                     self.plan.meter.note_payload(size, time.perf_counter() - begun_s)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
                     yield FetchedFrame(index, frame, loss)
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+        except FAULTS as error:
             raise self._failure(error, fetching=True) from error
 
     async def manifest(self, key: SessionKey) -> tuple[Manifest, dict[bytes, int]]:
@@ -196,9 +241,9 @@ class Peer:
         try:
             async with (
                 asyncio.timeout(MANIFEST_S),
-                self._get(self._session_url(key, "manifest")) as response,
+                self._http.get(session_path(key, "manifest")) as response,
             ):
-                offer = wire.decode(wire.SessionOffer, await self._body(response))
+                offer = wire.decode(wire.SessionOffer, await self._http.body(response))
             manifest = decode_manifest(offer.manifest)
             sizes = dict(zip(offer.keys, offer.sizes, strict=False))
             foreign = sizes.keys() - set(manifest.chunk_keys())
@@ -206,7 +251,7 @@ class Peer:
                 raise WireError("malformed", "a manifest that contradicts itself")
         except ArchiveError as error:
             raise self._failure(WireError("malformed", str(error))) from error
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+        except FAULTS as error:
             raise self._failure(error) from error
         return manifest, sizes
 
@@ -215,11 +260,45 @@ class Peer:
         try:
             async with (
                 asyncio.timeout(PULL_S),
-                self._post(self._session_url(key, "pull"), wire.SessionPull(agent_id)) as response,
+                self._http.post(session_path(key, "pull"), wire.SessionPull(agent_id)) as response,
             ):
-                return wire.decode(Transfer, await self._body(response))
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+                return wire.decode(Transfer, await self._http.body(response))
+        except FAULTS as error:
             raise self._failure(error) from error
+
+    async def ping(self) -> None:
+        """Measure the round trip on a connection that fetches use, too. Raises PeerFailure."""
+        try:
+            async with asyncio.timeout(self._stall_s):
+                for measured in (False, True):  # the first one may pay for the connection
+                    asked_s = time.perf_counter()
+                    async with self._http.get("/healthz") as response:
+                        await self._http.body(response)
+                    if measured:
+                        self.plan.meter.note_latency(time.perf_counter() - asked_s)
+        except FAULTS as error:
+            raise PeerFailure(cause_of(error), f"peer {self.name}: {error}") from error
+
+    @property
+    def is_down(self) -> bool:
+        """Whether its link knows that it is not there."""
+        return self.following is Following.DOWN
+
+    def note_lacking(self, namespace: bytes, keys: Sequence[bytes]) -> None:
+        """It was asked for these and did not have them, whatever its directory says."""
+        self.directory.drop(namespace, hash_keys(keys))
+
+    def note_reached(self, following: Following) -> None:
+        """The link to its directory works."""
+        self.following = following
+        if not self._fetch_fails:
+            self._worked()
+
+    def note_lost(self, error: Exception) -> None:
+        """The link to its directory broke: it is not asked until the link works again."""
+        self.following = Following.DOWN
+        self.breaker.trip()
+        self._failure(error)
 
     def note_fetched(self) -> None:
         """A fetch ended well and its frames proved good."""
@@ -247,12 +326,13 @@ class Peer:
             self._logged_causes.clear()
 
     def _failure(self, error: Exception, *, fetching: bool = False) -> PeerFailure:
-        cause = _cause(error)
+        cause = cause_of(error)
         detail = str(error)[:MAX_DETAIL_CHARS] or type(error).__name__
         self.note_failure(cause, detail, fetching=fetching)
         return PeerFailure(cause, f"peer {self.name}: {detail}")
 
-    def _report_mismatch(self, ours: Fingerprint, theirs: list[dict[str, str]]) -> None:
+    def report_mismatch(self, ours: Fingerprint, theirs: list[dict[str, str]]) -> None:
+        """Count and log that its engines, of the fingerprints `theirs`, cannot serve ours."""
         known = [Fingerprint(fields) for fields in theirs[: wire.MAX_FINGERPRINTS]]
         closest = ours.closest(known)
         difference = closest and ours.first_difference(closest)
@@ -266,51 +346,6 @@ class Peer:
             detail = str(difference)[:MAX_DETAIL_CHARS]
             logger.warning("peer %s cannot exchange blocks with us: %s", self.name, detail)
 
-    def _url(self, path: str) -> URL:
-        return URL(f"{self._security.scheme}://{self.name}/v1/{path}")
-
-    def _session_url(self, key: SessionKey, operation: str) -> URL:
-        names = (quote(name, safe="") for name in (key.tenant, key.session_id))
-        path = f"v1/sessions/{'/'.join(names)}/{operation}"
-        return URL(f"{self._security.scheme}://{self.name}/{path}", encoded=True)
-
-    def _get(self, url: URL):  # type: ignore[no-untyped-def]
-        return self._http.get(
-            url,
-            timeout=self._timeout,
-            allow_redirects=False,
-            **self._security.request_options(),
-        )
-
-    def _post(self, url: URL, request: msgspec.Struct):  # type: ignore[no-untyped-def]
-        return self._http.post(
-            url,
-            data=wire.encode(request),
-            timeout=self._timeout,
-            allow_redirects=False,
-            **self._security.request_options(),
-        )
-
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        await self._check_status(response)
-        body = bytearray()
-        async for part in response.content.iter_any():
-            body += part
-            if len(body) > wire.MAX_REQUEST_BYTES:
-                raise WireError("oversized", "an answer larger than any answer may be")
-        return bytes(body)
-
-    async def _read(self, response: aiohttp.ClientResponse, size: int) -> bytes:
-        """Exactly `size` bytes of the body; TimeoutError when none comes for `stall_s`."""
-        received = bytearray()
-        while len(received) < size:
-            async with asyncio.timeout(self._stall_s):
-                part = await response.content.read(size - len(received))
-            if not part:
-                raise WireError("closed", "the stream was cut off")
-            received += part
-        return bytes(received)
-
     @staticmethod
     def _accepted_loss(loss_rank: int, lossy: Sequence[str]) -> str:
         """The loss of that rank. Raises WireError when there is none, or it was not asked for."""
@@ -320,26 +355,3 @@ class Peer:
         if not is_acceptable(loss, lossy):
             raise WireError("lossy", f"a chunk that went through {loss}, which is not accepted")
         return loss
-
-    async def _end_of(self, response: aiohttp.ClientResponse) -> None:
-        """Read the end of the body, so that the connection can be used again."""
-        async with asyncio.timeout(self._stall_s):
-            if await response.content.read(1):
-                raise WireError("malformed", "bytes after the last frame")
-
-    async def _check_status(self, response: aiohttp.ClientResponse) -> None:
-        if response.status != 200:
-            detail = (await response.content.read(500)).decode(errors="replace")
-            raise WireError(f"http {response.status}", detail)
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, WireError):
-        return error.cause
-    if isinstance(error, TimeoutError):
-        return "timeout"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return "connect"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "malformed"
-    return "closed"

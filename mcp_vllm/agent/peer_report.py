@@ -24,7 +24,9 @@ class PeerReport(msgspec.Struct):
 
     Attributes:
         up: whether it is being asked; it is avoided for a while after failures.
-        latency_ms: from a request to its first byte; None until something was fetched.
+        directory: what is known of what it has (`peer.Following`).
+        chunks: of it, as far as its directory is known.
+        latency_ms: the round trip; None until it was measured.
         mb_s: 10^6 bytes a second while frames arrive; None until something was fetched.
         codec: asked for last; empty where the peer chose.
         break_evens: rising; empty where one codec is best on any link, or speeds are not known yet.
@@ -36,6 +38,8 @@ class PeerReport(msgspec.Struct):
     mb_s: float | None
     codec: str
     break_evens: list[BreakEvenReport]
+    directory: str = ""
+    chunks: int = 0
 
 
 class CodecReport(msgspec.Struct):
@@ -78,11 +82,13 @@ def _report_one(peer: Peer, context: AgentContext, speeds: Mapping[str, Speed]) 
     return PeerReport(
         name=peer.name,
         up=peer.breaker.is_closed,
-        latency_ms=round(1e3 * link.latency_s, 3) if measured else None,
+        latency_ms=round(1e3 * link.latency_s, 3) if plan.meter.knows_latency else None,
         mb_s=round(link.bytes_s / 1e6, 3) if measured else None,
         codec=plan.codec,
         break_evens=[
             BreakEvenReport(round(each.bytes_s / 1e6, 1), each.below, each.above)
             for each in plan.break_evens(costs)
         ],
+        directory=peer.following,
+        chunks=peer.directory.num_chunks,
     )

@@ -1,38 +1,74 @@
-"""All configured peers together: who has which keys, in time for a request to use it."""
+"""All peers together: who is one, and who has which keys, in time for a request to use it.
+
+A peer whose directory is known answers here and at once; the others are asked over the network.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import aiohttp
 
-from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.agent.chunk_set import hash_keys
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.directory_link import DirectoryLink, Pace
+from mcp_vllm.agent.directory_view import DirectoryView
+from mcp_vllm.agent.peer import Following, Peer, PeerFailure
+from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.session.fingerprint import Fingerprint
-from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 logger = logging.getLogger(__name__)
 
+MAX_PEERS = 256
+# Of a directory's memory, an entry takes that: its nine bytes twice, while changes are merged.
+ENTRY_BYTES = 18
+
+Holders = dict[bytes, list[Peer]]
+
 
 class Peers:
-    """The configured peers. One per agent, owned by its event loop."""
+    """The peers of one agent. Owned by its event loop."""
 
-    def __init__(
-        self, names: Sequence[str], metrics: AgentMetrics, stall_s: float, security: AgentSecurity
-    ) -> None:
+    def __init__(self, context: AgentContext, security: AgentSecurity) -> None:
         connector = aiohttp.TCPConnector(limit_per_host=32, keepalive_timeout=60)
         self._http = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
         )
-        self._peers = [Peer(name, self._http, metrics, stall_s, security) for name in names]
+        self._context = context
+        self._security = security
+        self._pace = Pace()
+        self._members: dict[str, dict[Member, None]] = {}
+        self._peers: dict[Member, Peer] = {}
+        self._links: dict[Member, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
-        return len(self._peers)
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Peer]:
-        return iter(self._peers)
+        """Each agent once, whatever addresses lead to it, and never this one."""
+        seen = {self._context.agent_id}
+        for peer in sorted(self._peers.values(), key=lambda peer: peer.is_down):
+            agent_id = peer.directory.agent_id
+            if agent_id not in seen:
+                yield peer
+            if agent_id:
+                seen.add(agent_id)
+
+    def set_members(self, source: str, members: Iterable[Member]) -> None:
+        """These are the members that `source` knows of: they join now, others of it leave."""
+        self._members[source] = dict.fromkeys(members)
+        wanted = dict.fromkeys(each for known in self._members.values() for each in known)
+        if len(wanted) > MAX_PEERS:
+            logger.warning("%d peers are known, %d are used", len(wanted), MAX_PEERS)
+            wanted = dict.fromkeys(list(wanted)[:MAX_PEERS])
+        for member in self._peers.keys() - wanted.keys():
+            self._leave(member)
+        for member in wanted:
+            if member not in self._peers:
+                self._join(member)
 
     async def locate(
         self,
@@ -40,19 +76,51 @@ class Peers:
         keys: Sequence[bytes],
         lossy: Sequence[str],
         deadline_s: float,
-    ) -> dict[bytes, list[Peer]]:
-        """Which peers have which of `keys`, as far as they answer within `deadline_s`.
+    ) -> Holders:
+        """Which peers have which of `keys`, as far as that is known or told within `deadline_s`.
 
-        What has lost detail counts where the tier is one of `lossy`.
-
-        Returns early once one peer has everything.
+        What has lost detail counts where the tier is one of `lossy`. Only where the directories
+        leave keys without a holder, peers without one are asked; that returns early once one of
+        those has everything.
         """
-        holders: dict[bytes, list[Peer]] = {}
-        asked = {
-            asyncio.create_task(peer.lookup(fingerprint, keys, lossy)): peer
-            for peer in self._peers
-            if peer.breaker.allow()
-        }
+        holders: Holders = {}
+        to_ask = []
+        hashes = hash_keys(keys)
+        for peer in self:
+            if peer.following is Following.SYNCED:
+                self._context.metrics.peer_lookups.labels("directory").inc()
+                found = peer.find(fingerprint, hashes, lossy)
+                for index in found:
+                    holders.setdefault(keys[index], []).append(peer)
+            elif not peer.is_down:
+                to_ask.append(peer)
+        rest = [key for key in keys if key not in holders] if to_ask else []
+        if rest:
+            await self._ask(
+                [peer for peer in to_ask if peer.breaker.allow()],
+                fingerprint, rest, lossy, deadline_s, holders,
+            )  # fmt: skip
+        return holders
+
+    async def close(self) -> None:
+        links = list(self._links.values())
+        for link in links:
+            link.cancel()
+        await asyncio.gather(*links, return_exceptions=True)
+        await self._http.close()
+
+    async def _ask(
+        self,
+        peers: Sequence[Peer],
+        fingerprint: Fingerprint,
+        keys: Sequence[bytes],
+        lossy: Sequence[str],
+        deadline_s: float,
+        holders: Holders,
+    ) -> None:
+        """Add to `holders` what these peers answer in time."""
+        self._context.metrics.peer_lookups.labels("network").inc(len(peers))
+        asked = {asyncio.create_task(peer.lookup(fingerprint, keys, lossy)): peer for peer in peers}
         pending: set[asyncio.Task[bytes]] = set(asked)
         until = asyncio.get_running_loop().time() + deadline_s
         complete = False
@@ -72,10 +140,28 @@ class Peers:
                     complete |= bool(present) and all(present)
         finally:
             self._abandon(pending, until)
-        return holders
 
-    async def close(self) -> None:
-        await self._http.close()
+    def _join(self, member: Member) -> None:
+        context = self._context
+        stall_s = context.config.agent.stall_ms / 1000
+        directory = DirectoryView(self._max_entries)
+        peer = Peer(member, self._http, context.metrics, stall_s, self._security, directory)
+        link = DirectoryLink(peer, context.agent_id, context.metrics, self._pace)
+        self._peers[member] = peer
+        self._links[member] = asyncio.create_task(link.run())
+
+    def _leave(self, member: Member) -> None:
+        """Loads under way still finish with it."""
+        self._links.pop(member).cancel()
+        peer = self._peers.pop(member)
+        peer.following = Following.DOWN
+        peer.directory.forget()
+        self._context.metrics.forget_peer(peer.name)
+
+    def _max_entries(self) -> int:
+        """Of each peer: none can take the others' room."""
+        share = self._context.config.agent.directory_bytes / max(1, len(self._peers))
+        return int(share / ENTRY_BYTES)
 
     def _abandon(self, pending: set[asyncio.Task[bytes]], until: float) -> None:
         """Let unanswered lookups run to the deadline in the background, then give them up."""

@@ -21,6 +21,7 @@ from mcp_vllm.agent.engine_port import EnginePort, accept_engine
 from mcp_vllm.agent.http_api import HttpApi
 from mcp_vllm.agent.listener import Listener
 from mcp_vllm.agent.parking import ParkingFolder
+from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.sessions import Sessions
@@ -84,9 +85,8 @@ class Agent:
         agent = self._config.agent
         self._security = security = AgentSecurity(self._config.security)
         listener = self._listen_for_engines()
-        self._peers = Peers(
-            self._config.peers, self._context.metrics, agent.stall_ms / 1000, security
-        )
+        self._peers = Peers(self._context, security)
+        self._peers.set_members("peers", map(Member, self._config.peers))
         http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
         access = Access(security)
         self._listener = Listener(security.server_context, access.refuse_tls)

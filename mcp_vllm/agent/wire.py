@@ -8,6 +8,7 @@
   the order asked, `FRAME_HEAD` (index of the key in the request, rank of the loss that its content
   has suffered before, length of the frame) and the frame; at the end a head with `END_INDEX` and
   length 0. A body that ends without it was cut off.
+- `POST /v1/directory`: a stream of what is there, as it changes (`directory_wire`).
 
 A request names the lossy tiers that the asker accepts; what has suffered another is a miss for it.
 
@@ -121,16 +122,21 @@ def decode(kind: type[_T], body: bytes) -> _T:
         raise WireError("malformed", f"malformed {kind.__name__}: {error}") from error
 
 
+def check_version(version: int) -> None:
+    """Raises WireError when it is another one."""
+    if version != WIRE_VERSION:
+        raise WireError(
+            "version", f"this agent speaks version {WIRE_VERSION}, the request {version}"
+        )
+
+
 def check_keys(request: Any) -> None:
     """Bounds of a lookup or fetch request.
 
     Raises:
         WireError: another version, or too many or too long keys.
     """
-    if request.version != WIRE_VERSION:
-        raise WireError(
-            "version", f"this agent speaks version {WIRE_VERSION}, the request {request.version}"
-        )
+    check_version(request.version)
     if len(request.lossy) > len(LOSSY_TIERS):
         raise WireError("malformed", "more lossy tiers than there are")
     if len(request.keys) > MAX_KEYS or any(not 4 < len(key) <= 128 for key in request.keys):

@@ -94,12 +94,21 @@ def _decoded(body: bytes, name: str) -> PeersReport:
 
 def _table(reports: list[PeerReport]) -> Table:
     table = Table()
-    for title in ("peer", "state", "latency ms", "MB/s", "codec", "fastest codec by link"):
+    for title in (
+        "peer",
+        "state",
+        "directory",
+        "latency ms",
+        "MB/s",
+        "codec",
+        "fastest codec by link",
+    ):
         table.add_column(title, overflow="fold")
     for peer in reports:
         table.add_row(
             escape(peer.name),
             "[green]up[/]" if peer.up else "[red]avoided[/]",
+            f"{peer.directory}, {peer.chunks:,} chunks" if peer.chunks else peer.directory,
             _figure(peer.latency_ms),
             _figure(peer.mb_s),
             peer.codec or "as stored there",

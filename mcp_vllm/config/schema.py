@@ -81,6 +81,10 @@ class AgentConfig(_Section):
     landing_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
     """Shared memory through which fetched blocks enter an engine."""
 
+    directory_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
+    """Memory for what peers say they have, in equal shares. A peer with more chunks than its share
+    can hold (18 bytes each) is asked by lookups."""
+
     codec_threads: int = Field(default=0, ge=0, le=64)
     """Threads that compress and decompress. 0: one less than the cores, at least 1."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -80,12 +82,42 @@ class AgentMetrics:
             ["peer"],
             registry=r,
         )
+        self.directory_synced = Gauge(
+            "mcp_agent_directory_synced",
+            "1 while the peer's directory is known here and lookups need not ask the peer",
+            ["peer"],
+            registry=r,
+        )
+        self.directory_chunks = Gauge(
+            "mcp_agent_directory_chunks",
+            "Chunks noted of the peer's directory",
+            ["peer"],
+            registry=r,
+        )
+        self.directory_resyncs = Counter(
+            "mcp_agent_directory_resyncs",
+            "Times that a peer's directory was thrown away, by cause",
+            ["peer", "cause"],
+            registry=r,
+        )
+        self.peer_lookups = Counter(
+            "mcp_agent_peer_lookups",
+            "Lookups in peers, by who answered: their directory here, or they over the network",
+            ["by"],
+            registry=r,
+        )
         self.fingerprint_mismatches = Counter(
             "mcp_agent_fingerprint_mismatches",
             "Lookups that a peer could not serve because its engines differ from ours, by field",
             ["peer", "field"],
             registry=r,
         )
+
+    def forget_peer(self, name: str) -> None:
+        """The peer is no member any more."""
+        for gauge in (self.peer_up, self.directory_synced, self.directory_chunks):
+            with contextlib.suppress(KeyError):
+                gauge.remove(name)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

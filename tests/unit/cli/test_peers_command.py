@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from simulated import address, running_agent, settings
+from simulated import address, running_agent, settings, until
 from typer.testing import CliRunner, Result
 
 from mcp_vllm.cli.main import app
@@ -15,9 +15,11 @@ def invoke(*args: str) -> Result:
 
 async def test_peers_are_shown_as_a_table_and_as_json(tmp_path):
     async with running_agent(settings("127.0.0.1:9"), tmp_path / "a.sock") as agent:
+        await until(lambda: next(iter(agent._peers)).is_down, "the link to notice")
         as_json = await asyncio.to_thread(invoke, "--json", "--agent", address(agent))
         (peer,) = json.loads(as_json.stdout)["peers"]
-        assert (peer["name"], peer["up"], peer["mb_s"]) == ("127.0.0.1:9", True, None)
+        assert (peer["name"], peer["up"], peer["mb_s"]) == ("127.0.0.1:9", False, None)
+        assert (peer["directory"], peer["chunks"]) == ("down", 0)
         table = await asyncio.to_thread(invoke, "--agent", address(agent))
         assert "127.0.0" in table.stdout
         assert "measured" in table.stdout

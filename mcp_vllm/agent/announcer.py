@@ -1,0 +1,189 @@
+"""Tells peers what the store has: all of it at first, then every change (`directory_wire`).
+
+Changes are collected, encoded once for all who follow, and kept in a log of bounded size; each
+follower has its own place in it and gets a snapshot when the log does not reach back so far. So no
+follower, however slow, holds memory. Owned by the agent's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
+
+from mcp_vllm.agent import directory_wire, wire
+from mcp_vllm.agent.chunk_set import ChunkSet, hash_keys
+from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.directory_wire import MAX_HASHES, About, Beat, Changes, Entries, Start, Whole
+from mcp_vllm.codec.loss import LOSSES, rank
+from mcp_vllm.store.ram import Chunk, ChunkKey
+
+# After a message the next changes are collected for so long.
+BATCH_S = 0.01
+LOG_BYTES = 1 << 20
+# Of fingerprints in one message, names and UTF-8 on top: well below the bound of a message.
+ABOUT_CHARS = 128 << 10
+# In the place of a rank.
+GONE = -1
+
+
+class Announcer:
+    """One per agent.
+
+    Attributes:
+        seq: number of the last change that was encoded; the first is 1.
+    """
+
+    def __init__(self, context: AgentContext, log_bytes: int = LOG_BYTES) -> None:
+        self._context = context
+        self._log_bytes = log_bytes
+        self.seq = 0
+        self._chunks: dict[bytes, ChunkSet] = {}
+        self._pending: dict[ChunkKey, None] = {}
+        self._timer: asyncio.Handle | None = None
+        self._sent_s = 0.0
+        self._log: dict[int, bytes] = {}
+        self._held_bytes = 0
+        self._followers: set[asyncio.Event] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        """Watch the store."""
+        for name in self._context.store:
+            self._changed(name, True)
+        self._context.store.watchers.append(self._changed)
+
+    def close(self) -> None:
+        """End every stream; idempotent."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._changed in self._context.store.watchers:
+            self._context.store.watchers.remove(self._changed)
+        self._wake()
+
+    @property
+    def num_followers(self) -> int:
+        return len(self._followers)
+
+    async def stream(self, asked: directory_wire.Follow) -> AsyncGenerator[bytes, None]:
+        """What that follower is told, packed, until it has had enough or `close`."""
+        agent_id = self._context.agent_id
+        place = asked.seq if asked.agent_id == agent_id and self._reaches(asked.seq) else None
+        if place is not None:
+            yield directory_wire.pack(Start(agent_id, place, True))
+        about, woken = b"", asyncio.Event()
+        self._followers.add(woken)
+        try:
+            while not self._closed:
+                if place is None or not self._reaches(place):
+                    self._flush()
+                    place = self.seq
+                    for message in self._snapshot():
+                        yield message
+                known, about = about, directory_wire.pack(self._about())
+                if about != known:
+                    yield about
+                while place < self.seq and self._reaches(place):
+                    place += 1
+                    yield self._log[place]
+                if place == self.seq and not await _happens(woken, directory_wire.BEAT_S):
+                    yield directory_wire.pack(Beat(place))
+                woken.clear()
+        finally:
+            self._followers.discard(woken)
+
+    # ---- changes ----------------------------------------------------------------------------
+
+    def _changed(self, name: ChunkKey, present: bool) -> None:
+        self._pending[name] = None
+        if len(self._pending) >= MAX_HASHES:
+            self._flush()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            wait_s = self._sent_s + BATCH_S - loop.time()
+            self._timer = loop.call_later(max(0.0, wait_s), self._flush)
+
+    def _flush(self) -> None:
+        """Encode what has changed, for all followers."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._pending:
+            return
+        names, self._pending = list(self._pending), {}
+        self._sent_s = asyncio.get_running_loop().time()
+        self.seq += 1
+        message = directory_wire.pack(Changes(self.seq, list(self._entries(names))))
+        self._log[self.seq] = message
+        self._held_bytes += len(message)
+        while self._held_bytes > self._log_bytes:
+            self._held_bytes -= len(self._log.pop(next(iter(self._log))))
+        self._wake()
+
+    def _entries(self, names: Iterable[ChunkKey]) -> Iterator[Entries]:
+        """The names as they are now, noted in our own sets too."""
+        by_namespace: dict[bytes, dict[int, list[bytes]]] = {}
+        for name in names:
+            of_rank = by_namespace.setdefault(name.namespace, {})
+            of_rank.setdefault(_rank_of(self._context.store.get(name)), []).append(name.key)
+        for namespace, of_rank in by_namespace.items():
+            chunks = self._chunks.setdefault(namespace, ChunkSet())
+            entries = Entries(namespace, [b""] * (1 + max(0, *of_rank)))
+            for its_rank, keys in of_rank.items():
+                hashes = hash_keys(keys)
+                if its_rank == GONE:
+                    chunks.remove(hashes)
+                    entries.removed = directory_wire.to_wire(hashes)
+                else:
+                    chunks.add(hashes, its_rank)
+                    entries.added[its_rank] = directory_wire.to_wire(hashes)
+            yield entries
+
+    # ---- followers --------------------------------------------------------------------------
+
+    def _reaches(self, place: int) -> bool:
+        """Whether every change after `place` is in the log."""
+        return place == self.seq or place + 1 in self._log
+
+    def _wake(self) -> None:
+        for each in self._followers:
+            each.set()
+
+    def _snapshot(self) -> Iterator[bytes]:
+        """Start to Whole; the sets are frozen before the first message is asked for."""
+        seq = self.seq
+        self._chunks = {name: each for name, each in self._chunks.items() if not each.is_empty()}
+        frozen = {namespace: chunks.snapshot() for namespace, chunks in self._chunks.items()}
+        yield directory_wire.pack(Start(self._context.agent_id, seq, False))
+        for namespace, (hashes, ranks) in frozen.items():
+            for first in range(0, len(hashes), MAX_HASHES):
+                end = first + MAX_HASHES
+                part, of_part = hashes[first:end], ranks[first:end]
+                added = [part[of_part == each] for each in range(len(LOSSES))]
+                packed = [directory_wire.to_wire(each) for each in added]
+                yield directory_wire.pack(directory_wire.Slice([Entries(namespace, packed)]))
+        yield directory_wire.pack(Whole(seq))
+
+    def _about(self) -> About:
+        context = self._context
+        known = list(context.fingerprints.values())
+        speeds = {each: context.codecs.sending_speeds(each) for each in context.fingerprints}
+        fields = [dict(each.fields) for each in known[-wire.MAX_FINGERPRINTS :]]
+        while sum(len(text) for each in fields for text in each.values()) > ABOUT_CHARS:
+            del fields[0]
+        return About(context.config.codec.name, speeds, fields)
+
+
+def _rank_of(chunk: Chunk | None) -> int:
+    """GONE also for what nobody can ask for: a loss that has no name."""
+    its_rank = GONE if chunk is None else rank(chunk.loss)
+    return its_rank if its_rank < len(LOSSES) else GONE
+
+
+async def _happens(event: asyncio.Event, within_s: float) -> bool:
+    try:
+        async with asyncio.timeout(within_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
