@@ -97,7 +97,7 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         num_slots=slots.num_slots,
         lookup_ms=context.config.agent.lookup_ms,
         load_ms=context.config.agent.load_ms,
-        asks_peers=bool(context.config.peers),
+        asks_peers=context.config.seeks_peers,
         wants_positions=bool(context.config.codec.lossy),
     )
     landing_fd = reopen_read_only(slots.fd)

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from mcp_vllm.agent.access import Access
 from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.discovery import Discovery
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.engine_port import EnginePort, accept_engine
 from mcp_vllm.agent.http_api import HttpApi
@@ -73,6 +74,7 @@ class Agent:
         Raises:
             AgentError: the socket or the address cannot be used.
             SecurityError: a certificate, key or token file cannot be used.
+            RegistryError: the registry of peers cannot be used.
         """
         # Codec threads give way to the event loop sooner than after 5 ms: a lookup has 40.
         sys.setswitchinterval(0.0005)
@@ -86,7 +88,6 @@ class Agent:
         self._security = security = AgentSecurity(self._config.security)
         listener = self._listen_for_engines()
         self._peers = Peers(self._context, security)
-        self._peers.set_members("peers", map(Member, self._config.peers))
         http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
         access = Access(security)
         self._listener = Listener(security.server_context, access.refuse_tls)
@@ -105,6 +106,8 @@ class Agent:
             assert runner.server is not None
             self._listener.start(runner.server)
             self.port = port
+            discovery = self._discovery(port)
+            self._peers.set_members("peers", map(Member, self._config.peers))
             logger.info(
                 "context agent %s: engines at %s, peers at port %d, %d MiB for chunks",
                 self._context.agent_id,
@@ -118,6 +121,7 @@ class Agent:
                 asyncio.create_task(self._accept(listener)),
                 asyncio.create_task(self._encoder.run()),
                 asyncio.create_task(security.watch()),
+                asyncio.create_task(discovery.run()),
             ]
             await stop.wait()
         finally:
@@ -129,6 +133,10 @@ class Agent:
             await self._peers.close()
             security.close()
             self._context.close()
+
+    def _discovery(self, port: int) -> Discovery:
+        context = self._context
+        return Discovery(self._config, context.agent_id, port, self._peers, context.metrics)
 
     def _sessions(self) -> Sessions:
         folder = self._config.agent.parking_folder

@@ -8,6 +8,7 @@ from mcp_vllm.config.schema import (
     AgentConfig,
     CodecConfig,
     Config,
+    DiscoveryConfig,
     SecurityConfig,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "CodecConfig",
     "Config",
     "ConfigError",
+    "DiscoveryConfig",
     "SecurityConfig",
 ]

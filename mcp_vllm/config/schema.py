@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -36,6 +37,20 @@ def _peer_address(text: str) -> str:
     return str(address)
 
 
+def _registry_url(text: str) -> str:
+    url = urlsplit(text)
+    if url.scheme not in ("redis", "rediss") or not url.hostname:
+        raise ValueError(f'"{text}" is not redis://HOST:PORT/DB, nor rediss:// for TLS')
+    _ = url.port  # raises ValueError where it is none
+    if url.password or url.query:
+        raise ValueError(
+            'no password and no options here: the password goes into "registry_password_file"'
+        )
+    if not url.path.removeprefix("/").isdigit() and url.path not in ("", "/"):
+        raise ValueError(f'"{text}" needs the number of a database after the slash')
+    return text
+
+
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     for index, value in enumerate(values):
         if value in values[:index]:
@@ -54,6 +69,7 @@ def _known(kind: str, names: Sequence[str]) -> AfterValidator:
 
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 PeerAddress = Annotated[str, AfterValidator(_peer_address)]
+RegistryUrl = Annotated[str, AfterValidator(_registry_url)]
 CodecName = Annotated[str, _known("codec", KNOWN_CODECS)]
 WireCodecName = Annotated[str, _known("codec", (AUTO, *KNOWN_CODECS, *LOSSY_TIERS))]
 LossyTier = Annotated[str, _known("lossy tier", LOSSY_TIERS)]
@@ -137,6 +153,39 @@ class CodecConfig(_Section):
         return self.lossy if everybody or (salted and tenant in self.lossy_tenants) else ()
 
 
+class DiscoveryConfig(_Section):
+    """Peers that are found while serving, beside those in `peers`; they may come and go."""
+
+    dns: Annotated[tuple[PeerAddress, ...], AfterValidator(_unique)] = Field(
+        default=(), max_length=16
+    )
+    """NAME:PORT whose addresses are all peers (A and AAAA), as of a Kubernetes headless service.
+    With TLS, their certificates must bear NAME."""
+
+    dns_s: int = Field(default=5, ge=1, le=3600)
+    """How often names are resolved again, in seconds."""
+
+    registry: RegistryUrl | None = None
+    """`redis://HOST:PORT/DB`, or `rediss://` for TLS: a Redis or Valkey server where agents write
+    their addresses and find the others'. Needs `mcp-vllm[redis]`."""
+
+    registry_password_file: Path | None = None
+    """File with the password for the registry."""
+
+    registry_ttl_s: int = Field(default=12, ge=2, le=3600)
+    """An agent that the registry has not heard of for so long is no member any more, in seconds."""
+
+    group: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Agents of one group in a registry are peers."""
+
+    advertise: PeerAddress | None = None
+    """HOST:PORT that is written into the registry; unset: `agent.listen`."""
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.dns) or self.registry is not None
+
+
 class TlsConfig(_Section):
     """PEM files of this agent; all three, or none. Replaced files are used within seconds."""
 
@@ -202,6 +251,7 @@ class Config(_Section):
     insecure: bool = False
     """Serve peers on a non-loopback address without TLS, and send them tokens without it."""
 
+    discovery: DiscoveryConfig = DiscoveryConfig()
     agent: AgentConfig = AgentConfig()
     codec: CodecConfig = CodecConfig()
     security: SecurityConfig = SecurityConfig()
@@ -225,12 +275,26 @@ class Config(_Section):
     def _own_token_stays_secret(self) -> "Config":
         plain = self.security.own_token_file is not None and not self.security.tls.is_set
         far = [peer for peer in self.peers if not Address.parse(peer).is_loopback]
+        if self.discovery.is_set:
+            far.append("peers that are discovered")
         if plain and far and not self.insecure:
             raise PydanticCustomError(
                 "plain_token",
                 'the token would travel to {peer} in the clear: set "security.tls", '
                 'or "insecure: true" to allow that',
                 {"key": "security.own_token_file", "peer": far[0]},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _advertises_an_address(self) -> "Config":
+        everywhere = Address.parse(self.agent.listen).host in ("0.0.0.0", "::")
+        if self.discovery.registry is not None and self.discovery.advertise is None and everywhere:
+            raise PydanticCustomError(
+                "no_address",
+                "the registry needs the address at which peers reach this agent, and "
+                "{listen} is none: set it to HOST:PORT",
+                {"key": "discovery.advertise", "listen": self.agent.listen},
             )
         return self
 
@@ -244,6 +308,11 @@ class Config(_Section):
                 {"key": "codec.wire", "wire": wire},
             )
         return self
+
+    @property
+    def seeks_peers(self) -> bool:
+        """Whether there may be peers, now or later."""
+        return bool(self.peers) or self.discovery.is_set
 
     @classmethod
     def load(

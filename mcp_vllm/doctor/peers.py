@@ -35,6 +35,8 @@ class Answer:
 
 def check_peers(config: Config, deadline_s: float = DEADLINE_S) -> list[Check]:
     """One check a peer; all are asked at once."""
+    if not config.peers and config.discovery.is_set:
+        return [ok("peers", "found while serving: `mcp-vllm peers` asks the agent for them")]
     if not config.peers:
         return [ok("peers", "none configured: contexts stay on this host")]
     local = str(reachable_listen(config))

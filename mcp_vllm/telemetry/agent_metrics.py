@@ -100,6 +100,12 @@ class AgentMetrics:
             ["peer", "cause"],
             registry=r,
         )
+        self.discovery_failures = Counter(
+            "mcp_agent_discovery_failures",
+            "Times that peers could not be looked for, by source",
+            ["source"],
+            registry=r,
+        )
         self.peer_lookups = Counter(
             "mcp_agent_peer_lookups",
             "Lookups in peers, by who answered: their directory here, or they over the network",
