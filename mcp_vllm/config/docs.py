@@ -86,6 +86,8 @@ def _type_name(field: FieldInfo) -> str:
         return " or ".join(as_text(each) for each in typing.get_args(kind))
     if origin in (types.UnionType, typing.Union):
         kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
     return _TYPE_NAMES[kind]
 
 
