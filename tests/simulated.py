@@ -17,7 +17,9 @@ import msgspec
 import numpy as np
 from loopback_server import LoopbackServer
 
-from mcp_vllm.agent import wire
+from mcp_vllm.agent import directory_wire, wire
+from mcp_vllm.agent.chunk_set import hash_keys
+from mcp_vllm.agent.directory_wire import Beat, Entries, Slice, Start, Whole, to_wire
 from mcp_vllm.agent.server import Agent
 from mcp_vllm.codec import ChunkLayout, encode_frame, get_codec
 from mcp_vllm.codec.loss import EXACT
@@ -27,6 +29,7 @@ from mcp_vllm.link.client import AgentLink, LinkDeadlines
 from mcp_vllm.link.events import Found, JobDone
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.link.shared_memory import create_memory, map_rows, reopen_read_only
+from mcp_vllm.session.fingerprint import Fingerprint
 
 PATIENCE_S = 15.0
 FIELDS = {"model": "a", "dtype": "bf16"}
@@ -238,14 +241,20 @@ class SimulatedEngine:
 
 
 Answer = Callable[[list[bytes], asyncio.StreamWriter], Awaitable[None]]
+Directory = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 class SimulatedPeer:
-    """A peer written from the protocol alone, so that it can break it anywhere."""
+    """A peer written from the protocol alone, so that it can break it anywhere.
 
-    def __init__(self, lookup: Answer, fetch: Answer) -> None:
+    Without `directory` it is an agent that has none.
+    """
+
+    def __init__(self, lookup: Answer, fetch: Answer, directory: Directory | None = None) -> None:
         self._lookup, self._fetch = lookup, fetch
+        self._directory = directory or has_no_directory
         self.fetched: list[list[bytes]] = []
+        self.followed: list[tuple[str, int]] = []
         self.lookups = 0
         self._stack = contextlib.AsyncExitStack()
 
@@ -260,14 +269,15 @@ class SimulatedPeer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-            size = int(head.partition("content-length:")[2].partition("\r\n")[0])
-            asked = msgspec.msgpack.decode(await reader.readexactly(size))
-            if "directory" in head.partition("\r\n")[0]:
-                http_head(writer, "404 Not Found")
-                await writer.drain()
-                writer.close()
-                return
-            if "lookup" in head.partition("\r\n")[0]:
+            size = int(head.partition("content-length:")[2].partition("\r\n")[0] or 0)
+            asked = msgspec.msgpack.decode(await reader.readexactly(size)) if size else {}
+            path = head.partition("\r\n")[0]
+            if "directory" in path:
+                self.followed.append((asked["agent_id"], asked["seq"]))
+                await self._directory(writer)
+            elif "healthz" in path:
+                http_head(writer)
+            elif "lookup" in path:
                 self.lookups += 1
                 await self._lookup(asked["keys"], writer)
             else:
@@ -279,6 +289,31 @@ class SimulatedPeer:
 
 def http_head(writer: asyncio.StreamWriter, status: str = "200 OK") -> None:
     writer.write(f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n".encode())
+
+
+async def has_no_directory(writer: asyncio.StreamWriter) -> None:
+    http_head(writer, "404 Not Found")
+
+
+def announces(
+    *names: bytes, agent_id: str = "simulated", then: Directory | None = None
+) -> Directory:
+    """The directory of an agent that has these chunks and lives on; `then` comes before that."""
+
+    async def directory(writer: asyncio.StreamWriter) -> None:
+        http_head(writer)
+        entries = [Entries(Fingerprint(FIELDS).digest, [to_wire(hash_keys(names))])]
+        for message in (Start(agent_id, 0, False), Slice(entries), Whole(0)):
+            writer.write(directory_wire.pack(message))
+        await writer.drain()
+        if then is not None:
+            await then(writer)
+        while True:
+            writer.write(directory_wire.pack(Beat(0)))
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    return directory
 
 
 async def has_all(asked: list[bytes], writer: asyncio.StreamWriter) -> None:

@@ -37,6 +37,11 @@ class DirectoryHttp:
             return web.Response(status=503, text="too many agents follow this one\n")
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
+        with contextlib.suppress(ConnectionError):  # they come and go
+            await self._tell(response, asked)
+        return response
+
+    async def _tell(self, response: web.StreamResponse, asked: directory_wire.Follow) -> None:
         until_s = asyncio.get_running_loop().time() + directory_wire.STREAM_S
         async with contextlib.aclosing(self._announcer.stream(asked)) as messages:
             async for message in messages:
@@ -44,4 +49,3 @@ class DirectoryHttp:
                 if asyncio.get_running_loop().time() > until_s:
                     break  # whoever follows comes back, with credentials of then
         await response.write_eof()
-        return response

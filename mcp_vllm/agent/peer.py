@@ -205,12 +205,13 @@ class Peer:
             list(wanted.lossy),
             wanted.calibration_id,
         )
-        previous = -1
+        previous, answers = -1, False
         asked_s = time.perf_counter()
         try:
             async with asyncio.timeout(wanted.answer_s or self._stall_s):
                 response = await self._http.post("/v1/blocks/fetch", request)
             self.plan.meter.note_latency(time.perf_counter() - asked_s)
+            answers = True
             async with response:
                 await check_status(response)
                 while True:
@@ -231,7 +232,7 @@ class Peer:
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
                     yield FetchedFrame(index, frame, loss)
         except FAULTS as error:
-            raise self._failure(error, fetching=True) from error
+            raise self._failure(error, fetching=answers) from error
 
     async def manifest(self, key: SessionKey) -> tuple[Manifest, dict[bytes, int]]:
         """A session there, and the raw bytes of those of its chunks that are there.

@@ -147,6 +147,7 @@ async def test_each_route_wants_its_scope(tmp_path, issuer):
         ("GET", "/v1/hello"): "blocks:read",
         ("POST", "/v1/blocks/lookup"): "blocks:read",
         ("POST", "/v1/blocks/fetch"): "blocks:read",
+        ("POST", "/v1/directory"): "blocks:read",
         ("GET", f"{ALICE}/manifest"): "blocks:read",
         ("POST", f"{ALICE}/pull"): "blocks:read",
         ("POST", "/v1/drain"): "admin",
@@ -242,7 +243,7 @@ async def test_one_tenant_neither_asks_for_blocks_nor_drains_nor_imports_for_oth
         engine_with_session(call.agent, tmp_path),
     ):
         own = issuer.token(f"admin {EVERYTHING}", tenant="default")
-        for path in ("/v1/blocks/lookup", "/v1/blocks/fetch", "/v1/drain"):
+        for path in ("/v1/blocks/lookup", "/v1/blocks/fetch", "/v1/directory", "/v1/drain"):
             assert (await call("POST", path, own, data=BLOCKS))[0] == 403
         _, archive = await call("GET", f"{ALICE}/export", own)
         mallory = issuer.token(EVERYTHING, tenant="mallory")
