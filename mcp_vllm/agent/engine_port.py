@@ -260,8 +260,10 @@ class EnginePort:
             request = self._requests.get(message.request_id)
             if absent and len(self._peers) and request is not None:
                 deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
+                groups = self.hello.groups
+                raw_bytes = sum(groups[group_index(key)].raw_bytes for key in absent)
                 holders = await self._peers.locate(
-                    self._fingerprint, absent, request.lossy, deadline_s
+                    self._fingerprint, absent, request.lossy, deadline_s, raw_bytes
                 )
                 request.holders.update(holders)
                 for index, key in enumerate(message.keys):

@@ -54,7 +54,7 @@ class LoadJob:
     Args:
         keys: what to bring.
         groups: chunk layouts of the engine, by group index.
-        holders: peers that said they have a key.
+        holders: peers that said they have a key, the nearest first.
         lossy: tiers that the request accepts.
         send: sends a message to the engine.
     """
@@ -121,9 +121,7 @@ class LoadJob:
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
         while self._missing:
-            errand = next_errand(
-                self._missing, self._holders_of, lambda i: self._group(i).raw_bytes, tried
-            )
+            errand = next_errand(sorted(self._missing), self._holders_of, tried)
             if errand is None:
                 self._causes.setdefault("gone")
                 return

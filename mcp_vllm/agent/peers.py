@@ -15,6 +15,7 @@ from mcp_vllm.agent.chunk_set import hash_keys
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_link import DirectoryLink, Pace
 from mcp_vllm.agent.directory_view import DirectoryView
+from mcp_vllm.agent.nearest import nearest_first
 from mcp_vllm.agent.peer import Following, Peer, PeerFailure
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.security import AgentSecurity
@@ -76,8 +77,10 @@ class Peers:
         keys: Sequence[bytes],
         lossy: Sequence[str],
         deadline_s: float,
+        raw_bytes: int,
     ) -> Holders:
-        """Which peers have which of `keys`, as far as that is known or told within `deadline_s`.
+        """Which peers have which of `keys`, as far as that is known or told within `deadline_s`;
+        the nearest first, for chunks of `raw_bytes` together.
 
         What has lost detail counts where the tier is one of `lossy`. Only where the directories
         leave keys without a holder, peers without one are asked; that returns early once one of
@@ -100,6 +103,7 @@ class Peers:
                 [peer for peer in to_ask if peer.breaker.allow()],
                 fingerprint, rest, lossy, deadline_s, holders,
             )  # fmt: skip
+        nearest_first(holders, raw_bytes)
         return holders
 
     async def close(self) -> None:
