@@ -8,12 +8,15 @@ them. Then that many requests run at once at the first agent, each for a session
 its lookup is timed from the question to the answer, in the engine's process; a part of them loads
 chunks, whose bytes are compared; it stays for a while (a second on average), ends, and another one
 begins. `burst` asks for all requests in one write: the last answer has waited for all others.
-Beside them: what a lookup costs that asks a peer over the network, in an idle moment.
+Beside them: what a lookup costs that asks a peer over the network, in an idle moment; and, while
+the requests run, what an empty question to an idle process costs: what others use of the machine is
+in all figures.
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -33,6 +36,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import empty_round_trip
 from async_engine import FIELDS, AsyncEngine
 from setting import describe, one_line
 
@@ -47,6 +51,7 @@ LIFE_S = (0.5, 1.5)
 LOADING_SHARE = 0.2
 LOADED_CHUNKS = 2
 NETWORK_LOOKUPS = 200
+BURSTS = 20
 SETTLE_S = 60.0
 
 
@@ -76,9 +81,11 @@ class Load:
 
 @dataclass
 class Outcome:
-    """Milliseconds of lookups by who had the chunks, and what went wrong."""
+    """Milliseconds of lookups by who had the chunks, microseconds of the agent's processor time for
+    each, and what went wrong."""
 
     lookups_ms: dict[str, list[float]] = field(default_factory=dict)
+    cpu_us: dict[str, float] = field(default_factory=dict)
     loads: int = 0
     loaded_chunks: int = 0
     errors: Counter[str] = field(default_factory=Counter)
@@ -116,6 +123,11 @@ class AgentUnderLoad:
     @property
     def rss_bytes(self) -> int:
         return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    @property
+    def cpu_s(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
 
     async def get(self, path: str) -> dict:
         async with (
@@ -219,12 +231,13 @@ async def run_requests(
 
 
 async def run_bursts(
-    engine: AsyncEngine, load: Load, kinds: dict[str, list[int]], outcome: Outcome
+    agent: AgentUnderLoad, load: Load, kinds: dict[str, list[int]], outcome: Outcome
 ) -> None:
     """All requests' lookups in one write, a few times, for those held here and at peers."""
-    dice = random.Random(2)
+    engine, dice = agent.engine, random.Random(2)
     for kind in ("here", "at a peer"):
-        for round_ in range(10):
+        before_s = agent.cpu_s
+        for round_ in range(BURSTS):
             ids = [f"burst {kind} {round_} {number}" for number in range(load.requests)]
             engine.send(*(protocol.Prepare(each, "default", None) for each in ids))
             asked = [(each, load.chain(dice.choice(kinds[kind]))) for each in ids]
@@ -232,6 +245,7 @@ async def run_bursts(
                 outcome.note(f"{kind}, burst", seconds)
             engine.send(*(protocol.Finish(each, [], 0) for each in ids))
             await asyncio.sleep(0.1)
+        outcome.cpu_us[kind] = 1e6 * (agent.cpu_s - before_s) / (BURSTS * load.requests)
 
 
 async def run_over_the_network(agent: AgentUnderLoad, load: Load, outcome: Outcome) -> None:
@@ -260,9 +274,11 @@ async def measure(load: Load, console: Console) -> dict:
             raise SystemExit("nothing is held here, or at peers: give more sessions")
         engine = agents[0].engine
         await run_over_the_network(agents[1], load, outcome)
-        await run_bursts(engine, load, kinds, outcome)
+        await run_bursts(agents[0], load, kinds, outcome)
         console.print(f"{load.requests} requests at once for {load.seconds:g} s ...")
-        await run_requests(engine, load, kinds, outcome)
+        empty = functools.partial(outcome.note, "an empty question to an idle process")
+        async with empty_round_trip.measured(Path(folder), empty):
+            await run_requests(engine, load, kinds, outcome)
         health = [await agent.get("/healthz") for agent in agents]
         peers = (await agents[0].get("/v1/peers"))["peers"]
         memory = [agent.rss_bytes for agent in agents]
@@ -271,6 +287,7 @@ async def measure(load: Load, console: Console) -> dict:
     return {
         "load": vars(load) | {"ram_bytes": load.ram_bytes},
         "lookups": {kind: _figures(each) for kind, each in outcome.lookups_ms.items()},
+        "cpu_us": {kind: round(each, 1) for kind, each in outcome.cpu_us.items()},
         "loads": outcome.loads,
         "loaded_chunks": outcome.loaded_chunks,
         "failed_chunks": engine.failed,
@@ -299,6 +316,8 @@ def show(report: dict, console: Console) -> None:
     for kind, figures in report["lookups"].items():
         table.add_row(kind, *(f"{value:,.10g}" for value in figures.values()))
     console.print(table)
+    cpu = ", ".join(f"{kind} {each:,.0f}" for kind, each in report["cpu_us"].items())
+    console.print(f"the agent's processor time a lookup in the bursts, microseconds: {cpu}")
     budget = report["load"]["ram_bytes"]
     held = ", ".join(f"{each / budget:.3f}" for each in report["held_bytes"])
     console.print(f"held, of the budget of {budget >> 20} MiB: {held}")
@@ -325,10 +344,13 @@ def main() -> None:
     console = Console()
     load = Load(args.sessions, args.requests, args.peers, args.chunks, args.chunk_kib, args.seconds)
     console.print(one_line())
+    console.print(f"load average before: {os.getloadavg()[0]:.1f}")
     report = asyncio.run(measure(load, console))
+    load_average = {"load average": f"{os.getloadavg()[0]:.1f}"}
+    console.print(f"load average after: {load_average['load average']} (1 minute)")
     show(report, console)
     if args.json:
-        args.json.write_text(json.dumps({**report, "setting": describe()}, indent=1))
+        args.json.write_text(json.dumps({**report, "setting": describe() | load_average}, indent=1))
     if report["errors"] or report["wrong_chunks"]:
         raise SystemExit(1)
 

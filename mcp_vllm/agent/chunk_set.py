@@ -64,10 +64,12 @@ class ChunkSet:
 
     def ranks_of(self, hashes: Hashes) -> Ranks:
         """The rank of each; ABSENT for what is not in the set."""
-        found = np.full(len(hashes), ABSENT, dtype=np.uint8)
         if len(self._hashes):
             places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-            np.copyto(found, self._ranks[places], where=self._hashes[places] == hashes)
+            there = self._hashes[places] == hashes
+            found = np.where(there, self._ranks[places], np.uint8(ABSENT))
+        else:
+            found = np.full(len(hashes), ABSENT, dtype=np.uint8)
         if self._changes:
             for index, each in enumerate(hashes.tolist()):
                 changed = self._changes.get(each)

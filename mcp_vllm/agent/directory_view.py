@@ -25,8 +25,10 @@ from mcp_vllm.agent.directory_wire import (
     Whole,
 )
 from mcp_vllm.agent.wire import WIRE_VERSION, WireError
-from mcp_vllm.codec.loss import LOSSES, is_acceptable
+from mcp_vllm.codec.loss import EXACT, LOSSES, is_acceptable, rank
 from mcp_vllm.errors import McpError
+
+EXACT_RANK = rank(EXACT)
 
 
 class DirectoryGap(McpError):
@@ -103,8 +105,10 @@ class DirectoryView:
         if chunks is None:
             return np.zeros(len(hashes), dtype=bool)
         ranks = chunks.ranks_of(hashes)
+        if not lossy:
+            return np.equal(ranks, EXACT_RANK)
         accepted = [each for each, loss in enumerate(LOSSES) if is_acceptable(loss, lossy)]
-        return np.isin(ranks, accepted) if len(accepted) > 1 else ranks == 0
+        return np.isin(ranks, accepted)
 
     def drop(self, namespace: bytes, hashes: Hashes) -> None:
         """These proved not to be there: do not believe in them until they are announced again."""

@@ -87,16 +87,14 @@ class Peers:
         those has everything.
         """
         holders: Holders = {}
-        to_ask = []
         hashes = hash_keys(keys)
-        for peer in self:
-            if peer.following is Following.SYNCED:
-                self._context.metrics.peer_lookups.labels("directory").inc()
-                found = peer.find(fingerprint, hashes, lossy)
-                for index in found:
-                    holders.setdefault(keys[index], []).append(peer)
-            elif not peer.is_down:
-                to_ask.append(peer)
+        peers = [peer for peer in self if not peer.is_down]
+        known = [peer for peer in peers if peer.following is Following.SYNCED]
+        to_ask = [peer for peer in peers if peer.following is not Following.SYNCED]
+        self._context.metrics.peer_lookups.labels("directory").inc(len(known))
+        for peer in known:
+            for index in peer.find(fingerprint, hashes, lossy):
+                holders.setdefault(keys[index], []).append(peer)
         rest = [key for key in keys if key not in holders] if to_ask else []
         if rest:
             await self._ask(

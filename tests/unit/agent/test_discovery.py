@@ -20,6 +20,7 @@ from simulated import (
     settings,
     until,
 )
+from simulated_security import SecuredSettings, tls_files
 
 from mcp_vllm.agent.discovery import Discovery
 from mcp_vllm.agent.peer_http import Member
@@ -279,3 +280,26 @@ def test_a_token_for_peers_that_are_not_known_yet_needs_tls():
     tree = {"security": {"own_token_file": "t"}, "discovery": {"dns": ["agents.test:7077"]}}
     with pytest.raises(ConfigError, match="in the clear"):
         Config.load(tree, environ={})
+
+
+async def test_with_tls_the_addresses_of_a_name_must_bear_its_certificate(tmp_path, monkeypatch):
+    resolver = Names(monkeypatch)
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.2", 0))
+        port = reserved.getsockname()[1]
+    resolver.addresses = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    service = tls_files(tmp_path, "agents.test")
+    another = tls_files(tmp_path, "other.test")
+    async with contextlib.AsyncExitStack() as stack:
+        agents = []
+        for last, files in ((2, service), (3, service), (4, another)):
+            plain = SecuredSettings(tls=files).config(listen=f"127.0.0.{last}:{port}").model_dump()
+            found = {"dns": [f"agents.test:{port}"], "dns_s": 1}
+            config = Config.model_validate({**plain, "discovery": found})
+            started = running_agent(config, tmp_path / f"{last}.sock")
+            agents.append(await stack.enter_async_context(started))
+        one, two, _ = agents
+        await until(lambda: synced(one) == {f"127.0.0.3:{port}"}, "the second")
+        await until(lambda: synced(two) == {f"127.0.0.2:{port}"}, "the first")
+        stranger = next(each for each in one._peers if each.name == f"127.0.0.4:{port}")
+        await until(lambda: stranger.is_down, "the one with another name")
