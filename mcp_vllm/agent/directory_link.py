@@ -84,6 +84,7 @@ class DirectoryLink:
         self._own_id = own_id
         self._metrics = metrics
         self._pace = pace
+        self._said: set[str] = set()
 
     async def run(self) -> None:
         """For ever."""
@@ -110,6 +111,7 @@ class DirectoryLink:
                 self._lost(error)
             if loop.time() - begun_s > STEADY_S:
                 wait_s = pause_s = RETRY_MIN_S
+                self._said.clear()
             await asyncio.sleep(wait_s)
 
     async def _follow(self) -> None:
@@ -144,7 +146,9 @@ class DirectoryLink:
         cause = "too large" if too_large else "gap"
         self._metrics.directory_resyncs.labels(self._peer.name, cause).inc()
         self._is(Following.NONE if too_large else Following.CONNECTING)
-        logger.warning("the directory of peer %s is of no use: %s", self._peer.name, error)
+        if cause not in self._said:
+            self._said.add(cause)
+            logger.warning("the directory of peer %s is of no use: %s", self._peer.name, error)
         return ASK_AGAIN_S if too_large else wait_s
 
     def _lost(self, error: Exception) -> None:

@@ -120,11 +120,31 @@ class AgentMetrics:
         )
 
     def forget_peer(self, name: str) -> None:
-        """The peer is no member any more."""
-        for gauge in (self.peer_up, self.directory_synced, self.directory_chunks):
-            with contextlib.suppress(KeyError):
-                gauge.remove(name)
+        """The peer is no member any more: series of addresses that come and go must not pile up."""
+        for metric, others in (
+            (self.peer_up, ()),
+            (self.directory_synced, ()),
+            (self.directory_chunks, ()),
+            (self.wire_received_bytes, ()),
+            (self.directory_resyncs, ("cause",)),
+            (self.peer_failures, ("cause",)),
+            (self.fingerprint_mismatches, ("field",)),
+        ):
+            _remove(metric, name, others)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _remove(metric: Counter | Gauge, peer: str, others: tuple[str, ...]) -> None:
+    """Drop every series of that peer; `others` are its labels after `peer`."""
+    of_peer = {
+        tuple(sample.labels[label] for label in others)
+        for family in metric.collect()
+        for sample in family.samples
+        if sample.labels.get("peer") == peer
+    }
+    for values in of_peer:
+        with contextlib.suppress(KeyError):
+            metric.remove(peer, *values)

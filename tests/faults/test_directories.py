@@ -361,7 +361,7 @@ async def test_a_bad_directory_takes_its_peer_down_and_nothing_else(
 
 
 async def test_a_gap_is_made_up_for_by_a_snapshot_and_the_peer_is_asked_meanwhile(
-    tmp_path: Path,
+    tmp_path: Path, caplog
 ) -> None:
     whole = asyncio.Event()
 
@@ -383,4 +383,5 @@ async def test_a_gap_is_made_up_for_by_a_snapshot_and_the_peer_is_asked_meanwhil
         await knows(here, 2)
         assert await engine.lookup("r", NAMES) == [1, 1, 0, 0]
         assert set(peer.followed) == {("", 0)}
+        assert len([r for r in caplog.records if "is of no use" in r.getMessage()]) == 1
         assert not metric(here, "mcp_agent_peer_failures_total", peer=peer.name, cause="gap")

@@ -3,6 +3,7 @@ Redis server."""
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -135,8 +136,9 @@ async def test_agents_behind_a_name_find_each_other_and_not_themselves(tmp_path,
         await until(lambda: len(synced(third)) == 2, "what the new one finds")
         resolver.addresses = hosts[1:]
         await until(lambda: names(third) == {f"{hosts[1]}:{port}"}, "the one who left")
-        gone = metric(third, "mcp_agent_peer_up", peer=f"{hosts[0]}:{port}")
-        assert gone == 0
+        rendered = third._context.metrics.render().decode()
+        assert f'peer="{hosts[1]}:{port}"' in rendered
+        assert f'peer="{hosts[0]}:{port}"' not in rendered, "series of who has left pile up"
 
 
 # ---- the registry ---------------------------------------------------------------------------
@@ -173,6 +175,7 @@ async def test_agents_find_each_other_in_a_registry_and_share_what_they_have(tmp
 async def test_an_outage_of_the_registry_keeps_the_members_and_its_return_brings_all_back(
     tmp_path: Path, caplog
 ):
+    caplog.set_level(logging.INFO, "mcp_vllm")
     with running_redis(tmp_path) as server:
         config = discovering(registry=server.url, registry_ttl_s=2)
         async with (
@@ -182,7 +185,7 @@ async def test_an_outage_of_the_registry_keeps_the_members_and_its_return_brings
             await until(lambda: synced(one) == {address(two)}, "the other")
             server.kill()
             failures = "mcp_agent_discovery_failures_total"
-            await until(lambda: metric(one, failures, source="registry") >= 2, "the outage")
+            await until(lambda: metric(one, failures, source="registry") >= 3, "the outage")
             assert synced(one) == {address(two)}
             server.start()
             async with running_agent(config, tmp_path / "c.sock") as third:
@@ -191,7 +194,9 @@ async def test_an_outage_of_the_registry_keeps_the_members_and_its_return_brings
                     others = everybody - {address(each)}
                     await until(lambda each=each, others=others: synced(each) == others, "all")
     lines = [r.getMessage() for r in caplog.records if "discovery by registry" in r.getMessage()]
-    assert len([line for line in lines if "the members stay" in line]) == 2
+    # Once an outage and agent, not once a beat; a busy machine may have added a short one.
+    assert 2 <= len([line for line in lines if "the members stay" in line]) <= 5
+    assert len([line for line in lines if "works again" in line]) >= 2
 
 
 @needs_redis
