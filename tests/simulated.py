@@ -311,7 +311,7 @@ def announces(
         while True:
             writer.write(directory_wire.pack(Beat(0)))
             await writer.drain()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.3)
 
     return directory
 

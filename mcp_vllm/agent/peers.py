@@ -34,7 +34,8 @@ class Peers:
     """The peers of one agent. Owned by its event loop."""
 
     def __init__(self, context: AgentContext, security: AgentSecurity) -> None:
-        connector = aiohttp.TCPConnector(limit_per_host=32, keepalive_timeout=60)
+        # No limit of all together: every peer's directory holds a connection.
+        connector = aiohttp.TCPConnector(limit=0, limit_per_host=32, keepalive_timeout=60)
         self._http = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
         )

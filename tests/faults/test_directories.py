@@ -155,6 +155,24 @@ async def test_an_agent_recognises_itself_and_one_with_two_addresses(tmp_path: P
         assert lookups(here)[1] == 0
 
 
+async def test_more_than_a_hundred_peers_are_followed_at_once(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        peers = [
+            await stack.enter_async_context(
+                SimulatedPeer(has_all, sends_all, announces(key(number), agent_id=f"{number}"))
+            )
+            for number in range(120)
+        ]
+        engine, here = await stack.enter_async_context(
+            engine_beside(tmp_path, *(peer.name for peer in peers))
+        )
+        await until(lambda: {each.following for each in here._peers} == {"synced"}, "all of them")
+        assert await engine.lookup("r", keys(0, 119, 120)) == [1, 1, 0]
+        done = await engine.load("r", keys(0, 119), [0, 1])
+        assert not done.failed
+        assert set(done.sources) == {peers[0].name, peers[119].name}
+
+
 # ---- peers that die -------------------------------------------------------------------------
 
 
