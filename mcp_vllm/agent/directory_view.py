@@ -56,6 +56,7 @@ class DirectoryView:
         self.is_whole = False
         self.about = About("", {}, [])
         self._seq = 0
+        self._begun = False
         self._in_snapshot = False
         self._chunks: dict[bytes, ChunkSet] = {}
 
@@ -69,8 +70,13 @@ class DirectoryView:
         return sum(len(chunks.snapshot().hashes) for chunks in self._chunks.values())
 
     def follow(self) -> Follow:
-        """What to ask the peer for: the changes since what is known, or everything."""
+        """What to ask the peer for: the changes since what is known, or everything.
+
+        A new stream begins: what was half told in the one before is forgotten.
+        """
+        self._begun = False
         if not self.is_whole:
+            self.forget()
             return Follow(WIRE_VERSION)
         return Follow(WIRE_VERSION, self.agent_id, self._seq)
 
@@ -121,6 +127,8 @@ class DirectoryView:
         return dict(zip(hashes.tolist(), ranks.tolist(), strict=True))
 
     def _apply(self, message: Message) -> None:
+        if not self._begun and not isinstance(message, Start):
+            raise WireError("malformed", "a stream without a start")
         match message:
             case Start():
                 self._start(message)
@@ -142,6 +150,7 @@ class DirectoryView:
                 self._expect(message.seq, self._seq)
 
     def _start(self, message: Start) -> None:
+        self._begun = True
         if not message.resumed:
             self.forget()
             self.agent_id, self._seq, self._in_snapshot = message.agent_id, message.seq, True

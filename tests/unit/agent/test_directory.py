@@ -172,6 +172,10 @@ def test_any_interleaving_ends_with_the_peers_own_state(steps, log_bytes: int) -
         asyncio.run(walk(steps, log_bytes))
 
 
+async def test_half_a_snapshot_of_one_life_is_not_completed_by_the_next() -> None:
+    await walk([("read", 1, ""), ("restart", 0, ""), ("lose", 1, "")], 40)
+
+
 async def synced(store: RamStore | None = None, **how: int) -> tuple[Announcer, Reader]:
     sender = Announcer(agent(store=store), **how)
     sender.start()
