@@ -303,7 +303,7 @@ def announces(
     async def directory(writer: asyncio.StreamWriter) -> None:
         http_head(writer)
         entries = [Entries(Fingerprint(FIELDS).digest, [to_wire(hash_keys(names))])]
-        for message in (Start(agent_id, 0, False), Slice(entries), Whole(0)):
+        for message in (Start(agent_id, 0, False), Slice(entries), Whole(0, len(names))):
             writer.write(directory_wire.pack(message))
         await writer.drain()
         if then is not None:

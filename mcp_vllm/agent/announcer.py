@@ -162,7 +162,8 @@ class Announcer:
                 added = [part[of_part == each] for each in range(len(LOSSES))]
                 packed = [directory_wire.to_wire(each) for each in added]
                 yield directory_wire.pack(directory_wire.Slice([Entries(namespace, packed)]))
-        yield directory_wire.pack(Whole(seq))
+        num_chunks = sum(len(each.hashes) for each in frozen.values())
+        yield directory_wire.pack(Whole(seq, num_chunks))
 
     def _about(self) -> About:
         context = self._context

@@ -141,6 +141,8 @@ class DirectoryView:
             case Whole():
                 if not self._in_snapshot or message.seq != self._seq:
                     raise WireError("malformed", "the end of a snapshot that has not begun")
+                if message.num_chunks != self.num_chunks:
+                    raise DirectoryGap("a part of the snapshot is missing")
                 self._in_snapshot, self.is_whole = False, True
             case Changes():
                 self._expect(message.seq, self._seq + 1)

@@ -6,7 +6,8 @@
 1. `Start` comes first, and again whenever the sender begins anew. `resumed`: changes go on after
    `seq`, which is what was asked for. Otherwise forget everything: a snapshot follows.
 2. `About`: codecs, speeds and fingerprints, and again when they change.
-3. `Slice`, any number: parts of the snapshot. `Whole`: that was all, as of `seq`.
+3. `Slice`, any number: parts of the snapshot. `Whole`: that was all, as of `seq`,
+   and so many chunks.
 4. `Changes`: what came and went; its `seq` is one more than the one before.
 5. `Beat`: nothing happened for a while; `seq` is that of the last change.
 
@@ -82,6 +83,7 @@ class Slice(msgspec.Struct, tag="slice", array_like=True):
 
 class Whole(msgspec.Struct, tag="whole", array_like=True):
     seq: int
+    num_chunks: int
 
 
 class Changes(msgspec.Struct, tag="changes", array_like=True):

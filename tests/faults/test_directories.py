@@ -339,7 +339,7 @@ async def refuses(writer: asyncio.StreamWriter) -> None:
 
 
 START = directory_wire.pack(Start("x", 0, False))
-WHOLE = directory_wire.pack(Whole(0))
+WHOLE = directory_wire.pack(Whole(0, 0))
 TOO_MANY = Slice([Entries(NAMESPACE, [bytes(8 * MAX_HASHES + 8)])])
 BAD_DIRECTORIES = {
     "a message of a gigabyte": (sends(START, b"\x40\x00\x00\x00"), "oversized"),

@@ -172,8 +172,9 @@ def test_any_interleaving_ends_with_the_peers_own_state(steps, log_bytes: int) -
         asyncio.run(walk(steps, log_bytes))
 
 
-async def test_half_a_snapshot_of_one_life_is_not_completed_by_the_next() -> None:
+async def test_half_a_snapshot_is_not_completed_by_another_or_without_its_other_half() -> None:
     await walk([("read", 1, ""), ("restart", 0, ""), ("lose", 1, "")], 40)
+    await walk([("put", 0, ""), ("read", 1, ""), ("lose", 1, "")], 40)
 
 
 async def synced(store: RamStore | None = None, **how: int) -> tuple[Announcer, Reader]:
@@ -267,13 +268,14 @@ async def test_every_follower_is_told_and_none_stays_after_the_end() -> None:
 # ---- senders that break the protocol --------------------------------------------------------
 
 N = NAMESPACES[0]
-TOLD = [Start("x", 5, False), Slice([Entries(N, [bytes(8)])]), Whole(5)]
+TOLD = [Start("x", 5, False), Slice([Entries(N, [bytes(8)])]), Whole(5, 1)]
 BAD = {
     "changes before the start": ([Changes(1, [])], WireError),
     "a beat before the start": ([Beat(0)], WireError),
     "a slice before the start": ([Slice([])], WireError),
-    "an end of nothing": ([Whole(0)], WireError),
-    "an end of another snapshot": ([*TOLD[:2], Whole(6)], WireError),
+    "an end of nothing": ([Whole(0, 0)], WireError),
+    "an end of another snapshot": ([*TOLD[:2], Whole(6, 1)], WireError),
+    "a slice left out": ([*TOLD[:2], Whole(5, 2)], DirectoryGap),
     "changes in the snapshot": ([*TOLD[:2], Changes(6, [])], WireError),
     "a slice after the snapshot": ([*TOLD, Slice([])], WireError),
     "a change left out": ([*TOLD, Changes(7, [])], DirectoryGap),
@@ -318,7 +320,7 @@ def test_a_flood_is_cut_off_at_the_peers_share(in_changes: bool) -> None:
     view = DirectoryView(lambda: 100_000)
     view.apply(Start("x", 0, False))
     if in_changes:
-        view.apply(Whole(0))
+        view.apply(Whole(0, 0))
 
     def flood() -> None:
         for n in range(200):
@@ -371,7 +373,7 @@ def test_what_proved_not_to_be_there_is_not_offered_again() -> None:
     hashes = hash_keys([b"1", b"2"])
     view.apply(Start("x", 0, False))
     view.apply(Slice([Entries(N, [directory_wire.to_wire(hashes)])]))
-    view.apply(Whole(0))
+    view.apply(Whole(0, 2))
     view.drop(N, hashes[:1])
     assert view.find(N, hashes, ()).tolist() == [False, True]
     view.drop(b"unknown", hashes)
