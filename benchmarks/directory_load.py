@@ -167,12 +167,14 @@ async def fill(agents: Sequence[AgentUnderLoad], load: Load) -> None:
 
 
 async def settled(agents: Sequence[AgentUnderLoad]) -> None:
-    """Until the first agent knows all that its peers hold."""
+    """Until the first agent knows all that its peers hold, and nobody has chunks to encode."""
     until_s = time.monotonic() + SETTLE_S
     while True:
-        held = {agent.address: (await agent.get("/healthz"))["chunks"] for agent in agents[1:]}
+        health = {agent.address: await agent.get("/healthz") for agent in agents}
+        raw_bytes = sum(each["raw_chunks_bytes"] for each in health.values())
+        held = {agent.address: health[agent.address]["chunks"] for agent in agents[1:]}
         known = (await agents[0].get("/v1/peers"))["peers"]
-        if held == {each["name"]: each["chunks"] for each in known}:
+        if not raw_bytes and held == {each["name"]: each["chunks"] for each in known}:
             return
         if time.monotonic() > until_s:
             raise SystemExit(f"after {SETTLE_S:g} s the directories say {known}, held are {held}")
