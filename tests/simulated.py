@@ -294,7 +294,7 @@ async def never(asked: list[bytes], writer: asyncio.StreamWriter) -> None:
 
 
 def send_frame(writer: asyncio.StreamWriter, index: int, frame: bytes) -> None:
-    writer.write(wire.FRAME_HEAD.pack(index, 0, len(frame)) + frame)
+    writer.write(wire.FRAME_HEAD.pack(index, 0, 0, len(frame)) + frame)
 
 
 def good_frame(name: bytes) -> bytes:

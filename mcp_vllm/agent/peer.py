@@ -19,6 +19,7 @@ from yarl import URL
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
@@ -49,21 +50,23 @@ class PeerFailure(McpError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """How frames are asked for: in `codec` ("": as stored), with loss of the tiers `lossy` at most,
-    by the calibration of that id."""
+    """How frames are asked for: in `codec` ("": as stored), for `reader`, by the calibration of
+    that id."""
 
     codec: str
-    lossy: Sequence[str] = ()
+    reader: Reader
     calibration_id: bytes = b""
 
 
 @dataclass(frozen=True)
 class FetchedFrame:
-    """A frame for key `index` of a request, and what its content has lost before (`codec.loss`)."""
+    """A frame for key `index` of a request, what its content has lost before (`codec.loss`), and
+    whose chunk it is."""
 
     index: int
     frame: bytes
     loss: str
+    tenant: str
 
 
 class Peer:
@@ -111,15 +114,22 @@ class Peer:
             raise self._failure(error) from error
 
     async def lookup(
-        self, fingerprint: Fingerprint, keys: Sequence[bytes], lossy: Sequence[str]
+        self, fingerprint: Fingerprint, keys: Sequence[bytes], reader: Reader
     ) -> bytes:
-        """One flag a key: 1 when the peer can send it, with no loss other than of tiers `lossy`.
+        """One flag a key: 1 when the peer can send what `reader` can use.
 
         Raises:
             PeerFailure: no usable answer. Cancelling this counts as a failure too, because the
                 caller's deadline passed.
         """
-        request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys), list(lossy))
+        request = wire.LookupRequest(
+            wire.WIRE_VERSION,
+            fingerprint.digest,
+            list(keys),
+            list(reader.lossy),
+            tuple(reader.tenants),
+            [list(ids) for ids in reader.opens],
+        )
         try:
             async with self._post(self._url("blocks/lookup"), request) as response:
                 reply = wire.decode(wire.LookupReply, await self._body(response))
@@ -157,8 +167,9 @@ class Peer:
             namespace,
             list(keys),
             wanted.codec,
-            list(wanted.lossy),
+            list(wanted.reader.lossy),
             wanted.calibration_id,
+            tuple(wanted.reader.tenants),
         )
         previous = -1
         asked_s = time.perf_counter()
@@ -170,21 +181,23 @@ class Peer:
                 await self._check_status(response)
                 while True:
                     head = await self._read(response, wire.FRAME_HEAD.size)
-                    index, loss_rank, size = wire.FRAME_HEAD.unpack(head)
+                    index, loss_rank, tenant, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
                         await self._end_of(response)
                         break
                     if not previous < index < len(keys):
                         raise WireError("malformed", f"a frame for key {index} of {len(keys)}")
                     previous = index
+                    if tenant >= len(wanted.reader.tenants):
+                        raise WireError("malformed", "a frame of a tenant that was not asked for")
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
-                    loss = self._accepted_loss(loss_rank, wanted.lossy)
+                    loss = self._accepted_loss(loss_rank, wanted.reader.lossy)
                     begun_s = time.perf_counter()
                     frame = await self._read(response, size)
                     self.plan.meter.note_payload(size, time.perf_counter() - begun_s)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
-                    yield FetchedFrame(index, frame, loss)
+                    yield FetchedFrame(index, frame, loss, wanted.reader.tenants[tenant])
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
             raise self._failure(error, fetching=True) from error
 
@@ -210,12 +223,14 @@ class Peer:
             raise self._failure(error) from error
         return manifest, sizes
 
-    async def pull(self, key: SessionKey, agent_id: str) -> Transfer:
-        """Let the peer fetch a session from the agent of that id. Raises PeerFailure."""
+    async def pull(self, key: SessionKey, agent_id: str, *, releases: bool = False) -> Transfer:
+        """Let the peer fetch a session from the agent of that id, which is going to release it or
+        not. Raises PeerFailure."""
+        asked = wire.SessionPull(agent_id, releases)
         try:
             async with (
                 asyncio.timeout(PULL_S),
-                self._post(self._session_url(key, "pull"), wire.SessionPull(agent_id)) as response,
+                self._post(self._session_url(key, "pull"), asked) as response,
             ):
                 return wire.decode(Transfer, await self._body(response))
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import aiohttp
 
 from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
@@ -38,18 +39,16 @@ class Peers:
         self,
         fingerprint: Fingerprint,
         keys: Sequence[bytes],
-        lossy: Sequence[str],
+        reader: Reader,
         deadline_s: float,
     ) -> dict[bytes, list[Peer]]:
         """Which peers have which of `keys`, as far as they answer within `deadline_s`.
 
-        What has lost detail counts where the tier is one of `lossy`.
-
-        Returns early once one peer has everything.
+        What `reader` could not use does not count. Returns early once one peer has everything.
         """
         holders: dict[bytes, list[Peer]] = {}
         asked = {
-            asyncio.create_task(peer.lookup(fingerprint, keys, lossy)): peer
+            asyncio.create_task(peer.lookup(fingerprint, keys, reader)): peer
             for peer in self._peers
             if peer.breaker.allow()
         }

@@ -83,6 +83,7 @@ class Agent:
             loop.add_reader(sys.stdin.fileno(), lambda: self._stdin_ready(stop))
         agent = self._config.agent
         self._security = security = AgentSecurity(self._config.security)
+        self._context.seals = security.seals
         listener = self._listen_for_engines()
         self._peers = Peers(
             self._config.peers, self._context.metrics, agent.stall_ms / 1000, security
@@ -134,7 +135,7 @@ class Agent:
         folder = self._config.agent.parking_folder
         parking = ParkingFolder(folder) if folder is not None else None
         if parking is not None:
-            for manifest in parking.manifests():
+            for manifest in sorted(parking.manifests(), key=lambda each: each.last_used_s):
                 self._context.sessions.put(manifest)
         return Sessions(self._context, self._encoder, self._peers, parking)
 

@@ -55,7 +55,7 @@ async def engine_with_peers(
 async def closes_in_mid_stream(asked, writer):
     http_head(writer)
     send_frame(writer, 0, good_frame(asked[0]))
-    writer.write(wire.FRAME_HEAD.pack(1, 0, 5000) + b"x" * 100)
+    writer.write(wire.FRAME_HEAD.pack(1, 0, 0, 5000) + b"x" * 100)
 
 
 async def resets_in_mid_stream(asked, writer):
@@ -92,7 +92,7 @@ async def sends_other_chunks(asked, writer):
 async def claims_a_terabyte(asked, writer):
     http_head(writer)
     send_frame(writer, 0, good_frame(asked[0]))
-    writer.write(wire.FRAME_HEAD.pack(1, 0, 1 << 40))
+    writer.write(wire.FRAME_HEAD.pack(1, 0, 0, 1 << 40))
     await never(asked, writer)
 
 
@@ -121,7 +121,7 @@ async def trickles(asked, writer):
     """Never stalls for long enough to notice, and never gets anywhere."""
     http_head(writer)
     send_frame(writer, 0, good_frame(asked[0]))
-    writer.write(wire.FRAME_HEAD.pack(1, 0, 10_000))
+    writer.write(wire.FRAME_HEAD.pack(1, 0, 0, 10_000))
     while True:
         writer.write(b"x")
         await writer.drain()
