@@ -75,7 +75,11 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
 
 
 def settings(
-    *peers: str, codec: str = "zstd", codecs: Mapping[str, object] | None = None, **agent: object
+    *peers: str,
+    codec: str = "zstd",
+    codecs: Mapping[str, object] | None = None,
+    tenants: Mapping[str, object] | None = None,
+    **agent: object,
 ) -> Config:
     defaults = {
         "listen": "127.0.0.1:0",
@@ -89,6 +93,7 @@ def settings(
         {
             "peers": list(peers),
             "codec": {"name": codec, **(codecs or {})},
+            "tenants": dict(tenants or {}),
             "agent": {**defaults, **agent},
         }
     )
@@ -164,6 +169,8 @@ class SimulatedEngine:
             deadlines=deadlines,
         )
         self.events: list[Found | JobDone] = []
+        # What the agent says that it has, by tenant.
+        self.inventory: dict[str, set[bytes]] = {}
         self._next_id = 0
 
     def __enter__(self) -> SimulatedEngine:
@@ -187,7 +194,13 @@ class SimulatedEngine:
 
     def take(self, kind: type, number: int) -> Found | JobDone | None:
         """The event of that lookup or job, if it has come."""
-        self.events += [e for e in self.link.poll() if isinstance(e, Found | JobDone)]
+        for event in self.link.poll():
+            if isinstance(event, Found | JobDone):
+                self.events.append(event)
+            elif isinstance(event, protocol.Inventory):
+                held = self.inventory.setdefault(event.tenant, set())
+                held.update(event.added)
+                held.difference_update(event.removed)
         for event in self.events:
             name = event.lookup_id if isinstance(event, Found) else event.job_id
             if isinstance(event, kind) and name == number:
@@ -204,10 +217,14 @@ class SimulatedEngine:
         self.rows[chunk_id] = pattern(number, CHUNK_BYTES)
 
     async def store(
-        self, names: Sequence[bytes], chunk_ids: Sequence[int], loss: str = EXACT
+        self,
+        names: Sequence[bytes],
+        chunk_ids: Sequence[int],
+        loss: str = EXACT,
+        tenant: str = "default",
     ) -> JobDone:
         job_id = self.new_id()
-        self.link.send(protocol.Store(job_id, list(names), list(chunk_ids), loss))
+        self.link.send(protocol.Store(job_id, list(names), list(chunk_ids), loss, tenant=tenant))
         return await self.event(JobDone, job_id)
 
     def prepare(
@@ -219,16 +236,23 @@ class SimulatedEngine:
     ) -> None:
         self.link.send(protocol.Prepare(request_id, tenant, session_id, salted))
 
-    async def lookup(self, request_id: str, names: Sequence[bytes]) -> list[int]:
+    async def lookup(
+        self, request_id: str, names: Sequence[bytes], tenant: str = "default"
+    ) -> list[int]:
         lookup_id = self.new_id()
-        self.link.send(protocol.Lookup(lookup_id, request_id, list(names)))
+        self.link.send(protocol.Lookup(lookup_id, request_id, list(names), tenant))
         return list((await self.event(Found, lookup_id)).present)
 
     async def load(
-        self, request_id: str, names: Sequence[bytes], chunk_ids: Sequence[int]
+        self,
+        request_id: str,
+        names: Sequence[bytes],
+        chunk_ids: Sequence[int],
+        tenant: str = "default",
     ) -> JobDone:
         job_id = self.new_id()
-        self.link.load(protocol.Load(job_id, request_id, list(names)), list(chunk_ids))
+        load = protocol.Load(job_id, request_id, list(names), tenant)
+        self.link.load(load, list(chunk_ids))
         return await self.event(JobDone, job_id)
 
     def payload(self, chunk_id: int, group: int = 0) -> bytes:

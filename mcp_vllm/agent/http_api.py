@@ -16,6 +16,7 @@ from mcp_vllm.agent import peer_report, wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.quotas import QuotaReports
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.agent.sessions_http import SessionsHttp, session_errors
@@ -44,8 +45,14 @@ class HttpApi:
     """The routes. Owned by the agent's event loop."""
 
     def __init__(
-        self, context: AgentContext, encoder: Encoder, peers: Peers, sessions: Sessions
+        self,
+        context: AgentContext,
+        encoder: Encoder,
+        peers: Peers,
+        sessions: Sessions,
+        quotas: QuotaReports,
     ) -> None:
+        self._quotas = quotas
         self._context = context
         self._peers = peers
         self._sessions = SessionsHttp(context, sessions)
@@ -93,6 +100,7 @@ class HttpApi:
         metrics.held_bytes.set(size.held_bytes)
         metrics.evictions.set(context.store.evictions)
         metrics.sessions.set(len(context.sessions))
+        self._quotas.refresh()
         return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
 
     async def _hello(self, request: web.Request) -> web.Response:

@@ -22,6 +22,7 @@ from mcp_vllm.agent.http_api import HttpApi
 from mcp_vllm.agent.listener import Listener
 from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.quotas import QuotaReports
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
@@ -83,12 +84,19 @@ class Agent:
             loop.add_reader(sys.stdin.fileno(), lambda: self._stdin_ready(stop))
         agent = self._config.agent
         self._security = security = AgentSecurity(self._config.security)
-        self._context.seals = security.seals
         listener = self._listen_for_engines()
         self._peers = Peers(
             self._config.peers, self._context.metrics, agent.stall_ms / 1000, security
         )
-        http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
+        self._context.seals = security.seals
+        quotas = QuotaReports(
+            self._config.tenants,
+            self._context.store,
+            self._context.sessions,
+            self._context.metrics,
+            security.audit,
+        )
+        http = HttpApi(self._context, self._encoder, self._peers, self._sessions(), quotas)
         access = Access(security)
         self._listener = Listener(security.server_context, access.refuse_tls)
         self.application = http.application([self._listener.middleware, access.middleware])
@@ -128,6 +136,7 @@ class Agent:
             await self._listener.close()
             await runner.cleanup()
             await self._peers.close()
+            quotas.close()
             security.close()
             self._context.close()
 

@@ -9,6 +9,7 @@ from mcp_vllm.config.schema import (
     CodecConfig,
     Config,
     SecurityConfig,
+    TenantsConfig,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Config",
     "ConfigError",
     "SecurityConfig",
+    "TenantsConfig",
 ]
