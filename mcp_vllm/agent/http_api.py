@@ -42,7 +42,11 @@ class _Place(NamedTuple):
 
 
 class HttpApi:
-    """The routes. Owned by the agent's event loop."""
+    """The routes. Owned by the agent's event loop.
+
+    Args:
+        is_guarded: whether requests must say who asks.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,9 @@ class HttpApi:
         peers: Peers,
         sessions: Sessions,
         quotas: QuotaReports,
+        is_guarded: bool,
     ) -> None:
+        self._is_guarded = is_guarded
         self._quotas = quotas
         self._context = context
         self._peers = peers
@@ -78,12 +84,17 @@ class HttpApi:
         return app
 
     async def _healthz(self, request: web.Request) -> web.Response:
+        known = {
+            "status": "ok",
+            "version": __version__,
+            "agent_id": self._context.agent_id,
+        }
+        if self._is_guarded:  # anybody may ask, and counts tell what others do
+            return web.json_response(known)
         size = self._context.store.size()
         return web.json_response(
-            {
-                "status": "ok",
-                "version": __version__,
-                "agent_id": self._context.agent_id,
+            known
+            | {
                 "engines": int(self._context.metrics.engines._value.get()),
                 "busy_requests": self._context.activity.busy_requests,
                 "chunks": size.num_chunks,

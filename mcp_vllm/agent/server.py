@@ -96,7 +96,14 @@ class Agent:
             self._context.metrics,
             security.audit,
         )
-        http = HttpApi(self._context, self._encoder, self._peers, self._sessions(), quotas)
+        http = HttpApi(
+            self._context,
+            self._encoder,
+            self._peers,
+            self._sessions(),
+            quotas,
+            is_guarded=security.is_required,
+        )
         access = Access(security)
         self._listener = Listener(security.server_context, access.refuse_tls)
         self.application = http.application([self._listener.middleware, access.middleware])

@@ -6,9 +6,9 @@
       tenant: acme
       key_file: acme-1.key
 
-An entry without a tenant is a master key: each tenant's key is derived from it (HKDF-SHA256), so
-one tenant's key says nothing about another's. An entry with a tenant is that tenant's key itself.
-Entries further down only open what they once sealed.
+An entry without a tenant is a master key, for every tenant; one with a tenant is for that tenant.
+What encrypts is derived from it for each tenant (HKDF-SHA256), so what one tenant's frames are
+encrypted with says nothing about another's. Entries further down only open what they once sealed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import yaml
@@ -31,6 +31,13 @@ MAX_KEY_ID_CHARS = 16
 _PURPOSE = b"mcp_vllm sealed frames, version 1: "
 
 
+class TenantKeys(NamedTuple):
+    """Of one tenant, 32 bytes each: what frames are encrypted with, and what nonces come from."""
+
+    encryption: bytes
+    nonces: bytes
+
+
 @dataclass(frozen=True)
 class SealKey:
     """`tenant`: whose key it is; None: a master key, for all."""
@@ -39,12 +46,10 @@ class SealKey:
     tenant: str | None
     secret: bytes = field(repr=False)
 
-    def of_tenant(self, tenant: str) -> bytes:
-        """That tenant's key, 32 bytes."""
-        if self.tenant is not None:
-            return self.secret
+    def of_tenant(self, tenant: str) -> TenantKeys:
         info = _PURPOSE + tenant.encode()
-        return HKDF(SHA256(), KEY_BYTES, salt=None, info=info).derive(self.secret)
+        derived = HKDF(SHA256(), 2 * KEY_BYTES, salt=None, info=info).derive(self.secret)
+        return TenantKeys(derived[:KEY_BYTES], derived[KEY_BYTES:])
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):

@@ -20,13 +20,16 @@ Associated data: everything in front of the ciphertext, then the namespace and t
 its length in front. So a sealed frame opens under the chunk key, engine fingerprint, tenant, format
 version, key id and loss that it was sealed with, and under no other.
 
-Nonces: 192 random bits from the operating system for each frame, see `xaes`. They need no counter,
-which agents that share a key could not keep, and set no bound on frames a key.
+Nonces: 192 bits of BLAKE3, keyed with a key of its own, over everything that is sealed and bound.
+Agents that share a key need no counter and no good random numbers, and a key no bound on frames:
+two frames have one nonce only when they are the same frame of the same chunk, and then they become
+the same bytes, so that an interrupted export goes on with what it began. That two sealed frames of
+a chunk are equal is all that others learn; the chunk's key, which is in the clear, is a hash of its
+content anyway.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import xxhash
+from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 
 from mcp_vllm.codec import (
@@ -50,7 +54,7 @@ from mcp_vllm.codec.loss import LOSSES, rank
 from mcp_vllm.codec.registry import codec_name_of_id, is_lossless
 from mcp_vllm.security import xaes
 from mcp_vllm.security.file_stamp import Stamp
-from mcp_vllm.security.seal_keys import SealKey, read_seal_keys
+from mcp_vllm.security.seal_keys import SealKey, TenantKeys, read_seal_keys
 
 MAGIC = b"MCPX"
 VERSION = 1
@@ -169,9 +173,8 @@ class Seals:
         if key is None or is_sealed(frame):
             return frame
         header = read_header(frame[:FRAME_PREFIX_SIZE], max_raw_size=1 << 62)
-        nonce = os.urandom(xaes.NONCE_BYTES)
         overhead = _FIXED.size + len(header.key) + xaes.TAG_BYTES + _CHECKSUM_BYTES
-        head = _FIXED.pack(
+        fields = (
             MAGIC,
             VERSION,
             header.codec_id,
@@ -183,11 +186,13 @@ class Seals:
             header.raw_size,
             len(frame) + overhead,
             key.key_id.encode(),
-            nonce,
         )
-        head += header.key
+        keys = _tenant_keys(key, tenant)
+        unique = _associated(_FIXED.pack(*fields, b"") + header.key, namespace, tenant)
+        nonce = blake3(unique, key=keys.nonces).update(frame).digest(length=xaes.NONCE_BYTES)
+        head = _FIXED.pack(*fields, nonce) + header.key
         bound = _associated(head, namespace, tenant)
-        sealed = head + xaes.encrypt(_tenant_key(key, tenant), nonce, frame, bound)
+        sealed = head + xaes.encrypt(keys.encryption, nonce, frame, bound)
         return sealed + xxhash.xxh3_64_digest(sealed)
 
     def open(self, frame: bytes, namespace: bytes, tenant: str) -> bytes:
@@ -206,7 +211,8 @@ class Seals:
         bound = _associated(frame[: header.size], namespace, tenant)
         ciphertext = frame[header.size : -_CHECKSUM_BYTES]
         try:
-            opened = xaes.decrypt(_tenant_key(key, tenant), header.nonce, ciphertext, bound)
+            keys = _tenant_keys(key, tenant)
+            opened = xaes.decrypt(keys.encryption, header.nonce, ciphertext, bound)
         except InvalidTag:
             raise SealError(
                 f"a frame sealed with key {header.key_id!a} is not what it was sealed as"
@@ -241,5 +247,5 @@ def _associated(head: bytes, namespace: bytes, tenant: str) -> bytes:
 
 # Deriving takes as long as sealing a small chunk.
 @lru_cache(maxsize=4096)
-def _tenant_key(key: SealKey, tenant: str) -> bytes:
+def _tenant_keys(key: SealKey, tenant: str) -> TenantKeys:
     return key.of_tenant(tenant)

@@ -1,9 +1,8 @@
 """XAES-256-GCM: AES-256-GCM with a nonce of 192 bits (C2SP, https://c2sp.org/XAES-256-GCM).
 
 Of the key and the first half of the nonce a key of its own is derived for AES-256-GCM, which takes
-the second half. Random nonces may be used with one key for as long as anybody likes: a nonce of 96
-bits, drawn at random, allows 2^32 messages a key (NIST SP 800-38D), which a fleet of agents that
-share a key and keep no count together could pass unnoticed.
+the second half. A nonce of 96 bits that nobody counts allows 2^32 messages a key (NIST SP 800-38D),
+which a fleet of agents that share a key could pass unnoticed; 192 bits set no bound that matters.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _REDUCTION = 0b10000111
 
 
 def encrypt(key: bytes, nonce: bytes, plaintext: bytes, associated: bytes) -> bytes:
-    """Ciphertext and tag. `nonce` must be random, and is used once."""
+    """Ciphertext and tag. A nonce never comes back with another plaintext or associated data."""
     return AESGCM(_derived(key, nonce)).encrypt(nonce[_HALF:], plaintext, associated)
 
 

@@ -148,11 +148,11 @@ async def test_a_keyless_cache_that_has_no_engine_answers_lookups(tmp_path):
             links,
         ),
         engine_at(tmp_path, "c") as there,
+        engine_with_session(a, tmp_path) as source,
     ):
-        async with engine_with_session(a, tmp_path) as source:
-            assert (await call(a, "POST", f"{ALICE}/copy", {"to": links[1]}))[0] == 200
-            assert not cache._context.fingerprints
-            await loads_everything(there, source)
+        assert (await call(a, "POST", f"{ALICE}/copy", {"to": links[1]}))[0] == 200
+        assert not cache._context.fingerprints
+        await loads_everything(there, source)
 
 
 async def test_the_newest_key_seals_the_older_one_opens_and_a_retired_one_is_a_miss(tmp_path):
