@@ -41,9 +41,10 @@ class AgentProcess:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def with_peers(self, *peers: str) -> None:
-        """For the next start."""
-        self._config = self._config.model_copy(update={"peers": peers})
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Returns when it listens."""
