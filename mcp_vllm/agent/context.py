@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mcp_vllm.agent.codecs import AgentCodecs
@@ -16,11 +16,9 @@ from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.pins import SessionPins
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.cache_folder import cache_root
-from mcp_vllm.codec import CodecError
-from mcp_vllm.codec.loss import is_acceptable
 from mcp_vllm.config import Config
 from mcp_vllm.link.protocol import GroupLayout
-from mcp_vllm.security.seals import Seals, is_sealed, key_id_of
+from mcp_vllm.security.seals import Seals, key_id_of
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.manifest import Manifest, SessionRegistry
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
@@ -114,44 +112,6 @@ class AgentContext:
             )
             for key in (manifest.chunk_keys() if keys is None else keys)
         ]
-
-    def adopt(
-        self,
-        tenant: str,
-        namespace: bytes,
-        chains: Sequence[Sequence[bytes]],
-        lossy: Sequence[str],
-    ) -> None:
-        """A request of that tenant has ended with these chains: they were used, and are its own.
-
-        An engine computes and stores a chunk once, whichever tenant came first (its own caches know
-        no tenants, only `cache_salt`). Another tenant's request with the same content had it from
-        there, so its chunk becomes that tenant's too; its bytes are shared.
-        """
-        reader = self.reader(tenant, lossy)
-        for chain in chains:
-            names = [
-                self.readable(reader, namespace, key) or self._adopted(reader, namespace, key)
-                for key in chain
-            ]
-            self.store.touch(filter(None, names))
-
-    def _adopted(self, reader: Reader, namespace: bytes, key: bytes) -> ChunkKey | None:
-        own = reader.own(namespace, key)
-        for holder in self.store.tenants.holders(namespace, key):
-            chunk = self.store.get(ChunkKey(namespace, key, holder))
-            if chunk is None or holder == own.tenant or not is_acceptable(chunk.loss, reader.lossy):
-                continue
-            copy = replace(chunk)
-            if copy.frame is not None and is_sealed(copy.frame):
-                try:
-                    copy.frame = self.seals.reseal(
-                        copy.frame, namespace, holder, own.tenant, chunk.loss
-                    )
-                except CodecError:
-                    continue
-            return own if self.store.put(own, copy) else None
-        return None
 
     def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mcp_vllm.agent import adoption
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.inventory import InventoryFeed
@@ -348,7 +349,10 @@ class EnginePort:
         if request is None:
             return
         self._context.activity.end()
-        self._context.adopt(request.tenant, self._namespace, message.chains, request.lossy)
+        reader = self._reader(request.tenant, request)
+        sealed = adoption.use(self._context, reader, self._namespace, message.chains)
+        if sealed:
+            self._start(adoption.seal_anew(self._context, reader, sealed))
         if request.session is not None and message.chains:
             manifest = self._context.sessions.record_turn(
                 request.session,

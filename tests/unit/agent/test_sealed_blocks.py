@@ -305,7 +305,9 @@ async def test_a_session_that_used_another_tenants_sealed_blocks_has_them_sealed
         engine.link.send(protocol.Finish("r", [NAMES[:3], NAMES[3:]], 48))
         await until(lambda: agent._context.sessions.get(SessionKey("beta", "s")), "the session")
         namespace = next(iter(agent._context.fingerprints))
-        frame = stored(agent)[ChunkKey(namespace, NAMES[0], "beta")]
+        own = ChunkKey(namespace, NAMES[0], "beta")
+        await until(lambda: own in agent._context.store, "the block as its own")
+        frame = stored(agent)[own]
         opened = agent._context.seals.open(frame, namespace, "beta")
         assert opened == agent._context.seals.open(
             stored(agent)[ChunkKey(namespace, NAMES[0], "acme")], namespace, "acme"
