@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-from agent_process import AgentProcess, started
+from restartable_agent import RestartableAgent, started
 from simulated import settings
 from simulated_security import SecuredSettings, tls_files
 
@@ -40,7 +40,7 @@ def many_files():
 
 
 @contextlib.asynccontextmanager
-async def connected(agent: AgentProcess, beginning: bytes) -> AsyncIterator[list[Connection]]:
+async def connected(agent: RestartableAgent, beginning: bytes) -> AsyncIterator[list[Connection]]:
     """So many connections that have sent that."""
     room, opened = asyncio.Semaphore(AT_ONCE), []
 
@@ -58,7 +58,7 @@ async def connected(agent: AgentProcess, beginning: bytes) -> AsyncIterator[list
             writer.transport.abort()
 
 
-async def status_of(agent: AgentProcess, scheme: str, path: str, context=None) -> int:
+async def status_of(agent: RestartableAgent, scheme: str, path: str, context=None) -> int:
     """The status; 0 for an answer that says that the codecs are not loaded yet."""
     async with (
         aiohttp.ClientSession() as http,
@@ -85,7 +85,7 @@ async def answered_s(ask) -> float:
     "beginning", [b"", b"GET /healthz HTTP/1.1\r\nX-A: "], ids=["nothing", "half a request"]
 )
 async def test_ten_thousand_silent_connections_keep_nobody_out(tmp_path: Path, beginning: bytes):
-    agent = AgentProcess(tmp_path, "a", settings())
+    agent = RestartableAgent(tmp_path, "a", settings())
 
     async def health() -> int:
         return await status_of(agent, "http", "/healthz")
@@ -115,7 +115,7 @@ async def _held_open(agent, beginning, process, health) -> tuple[int, int]:
 
 async def test_ten_thousand_tls_connections_without_a_handshake_keep_nobody_out(tmp_path: Path):
     files = tls_files(tmp_path)
-    agent = AgentProcess(tmp_path, "a", SecuredSettings(tls=files).config())
+    agent = RestartableAgent(tmp_path, "a", SecuredSettings(tls=files).config())
     with many_files(), started(agent):
         process = psutil.Process(agent.pid)
         context = client_context(files.ca, files.certificate, files.key)

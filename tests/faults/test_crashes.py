@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-from agent_process import AgentProcess, contents, decoded, started
+from restartable_agent import RestartableAgent, contents, decoded, started
 from simulated import CHUNK_BYTES, SimulatedEngine, keys, settings, until
 from simulated_sessions import ALICE, call
 from throttle import Throttle
@@ -50,7 +50,7 @@ class Pair:
     def __init__(self, folder: Path, to_a: Throttle, to_b: Throttle) -> None:
         self.folders = {name: folder / f"parked-{name}" for name in "ab"}
         self.a, self.b = (
-            AgentProcess(
+            RestartableAgent(
                 folder, name, settings(peer.address, codec="raw", parking_folder=self.folders[name])
             )
             for name, peer in (("a", to_b), ("b", to_a))
@@ -59,20 +59,20 @@ class Pair:
         to_a.set_target(self.a.address)
         to_b.set_target(self.b.address)
 
-    def other(self, agent: AgentProcess) -> AgentProcess:
+    def other(self, agent: RestartableAgent) -> RestartableAgent:
         return self.b if agent is self.a else self.a
 
-    def link_to(self, agent: AgentProcess) -> Throttle:
+    def link_to(self, agent: RestartableAgent) -> Throttle:
         return self.to_a if agent is self.a else self.to_b
 
-    def folder_of(self, agent: AgentProcess) -> Path:
+    def folder_of(self, agent: RestartableAgent) -> Path:
         return self.folders["a" if agent is self.a else "b"]
 
-    def restart(self, agent: AgentProcess) -> None:
+    def restart(self, agent: RestartableAgent) -> None:
         agent.kill()
         agent.start()
 
-    async def move(self, source: AgentProcess) -> int:
+    async def move(self, source: RestartableAgent) -> int:
         """The answer's status; 0 when there was none."""
         to = self.link_to(self.other(source)).address
         with contextlib.suppress(aiohttp.ClientError, OSError):
@@ -89,7 +89,7 @@ async def pair(folder: Path) -> AsyncIterator[Pair]:
             yield agents
 
 
-async def give_session(agent: AgentProcess, num_chunks: int = NUM_CHUNKS) -> None:
+async def give_session(agent: RestartableAgent, num_chunks: int = NUM_CHUNKS) -> None:
     names = keys(*range(num_chunks))
     with SimulatedEngine(agent.socket, num_chunks=num_chunks) as engine:
         await engine.connected()
@@ -109,11 +109,11 @@ async def until_awaited(condition: Callable[[], Awaitable[object]], what: str) -
     raise AssertionError(f"waited in vain for {what}")
 
 
-async def is_there(agent: AgentProcess) -> bool:
+async def is_there(agent: RestartableAgent) -> bool:
     return (await call(agent, "GET", ALICE))[0] == 200
 
 
-async def is_whole(agent: AgentProcess) -> bool:
+async def is_whole(agent: RestartableAgent) -> bool:
     """Whether it has the session. That what it has is all of it, byte for byte, is asserted."""
     status, shown = await call(agent, "GET", ALICE)
     if status == 404:
@@ -122,7 +122,7 @@ async def is_whole(agent: AgentProcess) -> bool:
     return True
 
 
-async def received_chunks(agent: AgentProcess) -> int:
+async def received_chunks(agent: RestartableAgent) -> int:
     return (await call(agent, "GET", "/healthz"))[1]["chunks"]
 
 
@@ -201,7 +201,7 @@ def is_writing(folder: Path) -> bool:
     return bool(list(folder.glob("*.part")))
 
 
-async def stopped_while_writing(agent: AgentProcess, folder: Path, task: asyncio.Task) -> bool:
+async def stopped_while_writing(agent: RestartableAgent, folder: Path, task: asyncio.Task) -> bool:
     """Stop the agent when it writes a file there; whether it was in the middle of it."""
     while not is_writing(folder) and not task.done():  # noqa: ASYNC110  another process's event
         await asyncio.sleep(0)
@@ -209,7 +209,7 @@ async def stopped_while_writing(agent: AgentProcess, folder: Path, task: asyncio
     return is_writing(folder)
 
 
-async def paused_while_writing(agents: Pair, agent: AgentProcess, begin) -> asyncio.Task:
+async def paused_while_writing(agents: Pair, agent: RestartableAgent, begin) -> asyncio.Task:
     """Start an operation that writes a parked session there, and stop the agent in the middle of
     the file; tried again when the file was done before the signal came."""
     folder = agents.folder_of(agent)

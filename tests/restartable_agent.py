@@ -22,7 +22,7 @@ from mcp_vllm.session.archive import ArchiveReader
 MAX_RAW_BYTES = 1 << 24
 
 
-class AgentProcess:
+class RestartableAgent:
     """`python -m mcp_vllm.agent` with a configuration of its own; killed at the end.
 
     Attributes:
@@ -78,7 +78,7 @@ class AgentProcess:
 
 
 @contextlib.contextmanager
-def started(*agents: AgentProcess) -> Iterator[None]:
+def started(*agents: RestartableAgent) -> Iterator[None]:
     try:
         for agent in agents:
             agent.start()
@@ -88,7 +88,7 @@ def started(*agents: AgentProcess) -> Iterator[None]:
             agent.kill()
 
 
-async def contents(agent: AgentProcess, session: str) -> dict[bytes, bytes]:
+async def contents(agent: RestartableAgent, session: str) -> dict[bytes, bytes]:
     """The raw bytes of each chunk of a session, by its export; raises unless it is whole."""
     async with (
         aiohttp.ClientSession() as http,
