@@ -20,6 +20,7 @@ from loopback_server import LoopbackServer
 from mcp_vllm.agent import directory_wire, wire
 from mcp_vllm.agent.chunk_set import hash_keys
 from mcp_vllm.agent.directory_wire import Beat, Entries, Slice, Start, Whole, to_wire
+from mcp_vllm.agent.peer import Following, Peer
 from mcp_vllm.agent.server import Agent
 from mcp_vllm.codec import ChunkLayout, encode_frame, get_codec
 from mcp_vllm.codec.loss import EXACT
@@ -78,7 +79,11 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
 
 
 def settings(
-    *peers: str, codec: str = "zstd", codecs: Mapping[str, object] | None = None, **agent: object
+    *peers: str,
+    codec: str = "zstd",
+    codecs: Mapping[str, object] | None = None,
+    tenants: Mapping[str, object] | None = None,
+    **agent: object,
 ) -> Config:
     defaults = {
         "listen": "127.0.0.1:0",
@@ -92,8 +97,36 @@ def settings(
         {
             "peers": list(peers),
             "codec": {"name": codec, **(codecs or {})},
+            "tenants": dict(tenants or {}),
             "agent": {**defaults, **agent},
         }
+    )
+
+
+RUNNING: set[Agent] = set()
+TOLD_S = 2.0
+
+
+async def told() -> None:
+    """Return once the agents in this process know what those they follow have; soon anyway."""
+    stores = {agent._context.agent_id: agent._context.store for agent in RUNNING}
+
+    def is_told(peer: Peer) -> bool:
+        store = stores.get(peer.directory.agent_id)
+        following = peer.following is Following.SYNCED
+        return store is None or not following or peer.directory.num_chunks == len(store)
+
+    until_s = time.monotonic() + TOLD_S
+    while time.monotonic() < until_s:
+        if all(is_told(peer) for agent in RUNNING for peer in agent._peers):
+            return
+        await asyncio.sleep(0.002)
+
+
+async def acquainted(*agents: Agent) -> None:
+    """Return once none of these has a peer that it takes for dead."""
+    await until(
+        lambda: not any(peer.is_down for agent in agents for peer in agent._peers), "the peers"
     )
 
 
@@ -107,8 +140,10 @@ async def running_agent(config: Config, socket_path: Path) -> AsyncIterator[Agen
         await until(lambda: agent.port is not None or task.done(), "the agent to listen")
         if task.done():
             await task
+        RUNNING.add(agent)
         yield agent
     finally:
+        RUNNING.discard(agent)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -167,6 +202,8 @@ class SimulatedEngine:
             deadlines=deadlines,
         )
         self.events: list[Found | JobDone] = []
+        # What the agent says that it has, by tenant.
+        self.inventory: dict[str, set[bytes]] = {}
         self._next_id = 0
 
     def __enter__(self) -> SimulatedEngine:
@@ -190,7 +227,13 @@ class SimulatedEngine:
 
     def take(self, kind: type, number: int) -> Found | JobDone | None:
         """The event of that lookup or job, if it has come."""
-        self.events += [e for e in self.link.poll() if isinstance(e, Found | JobDone)]
+        for event in self.link.poll():
+            if isinstance(event, Found | JobDone):
+                self.events.append(event)
+            elif isinstance(event, protocol.Inventory):
+                held = self.inventory.setdefault(event.tenant, set())
+                held.update(event.added)
+                held.difference_update(event.removed)
         for event in self.events:
             name = event.lookup_id if isinstance(event, Found) else event.job_id
             if isinstance(event, kind) and name == number:
@@ -207,10 +250,14 @@ class SimulatedEngine:
         self.rows[chunk_id] = pattern(number, CHUNK_BYTES)
 
     async def store(
-        self, names: Sequence[bytes], chunk_ids: Sequence[int], loss: str = EXACT
+        self,
+        names: Sequence[bytes],
+        chunk_ids: Sequence[int],
+        loss: str = EXACT,
+        tenant: str = "default",
     ) -> JobDone:
         job_id = self.new_id()
-        self.link.send(protocol.Store(job_id, list(names), list(chunk_ids), loss))
+        self.link.send(protocol.Store(job_id, list(names), list(chunk_ids), loss, tenant=tenant))
         return await self.event(JobDone, job_id)
 
     def prepare(
@@ -222,16 +269,24 @@ class SimulatedEngine:
     ) -> None:
         self.link.send(protocol.Prepare(request_id, tenant, session_id, salted))
 
-    async def lookup(self, request_id: str, names: Sequence[bytes]) -> list[int]:
+    async def lookup(
+        self, request_id: str, names: Sequence[bytes], tenant: str = "default"
+    ) -> list[int]:
+        await told()
         lookup_id = self.new_id()
-        self.link.send(protocol.Lookup(lookup_id, request_id, list(names)))
+        self.link.send(protocol.Lookup(lookup_id, request_id, list(names), tenant))
         return list((await self.event(Found, lookup_id)).present)
 
     async def load(
-        self, request_id: str, names: Sequence[bytes], chunk_ids: Sequence[int]
+        self,
+        request_id: str,
+        names: Sequence[bytes],
+        chunk_ids: Sequence[int],
+        tenant: str = "default",
     ) -> JobDone:
         job_id = self.new_id()
-        self.link.load(protocol.Load(job_id, request_id, list(names)), list(chunk_ids))
+        load = protocol.Load(job_id, request_id, list(names), tenant)
+        self.link.load(load, list(chunk_ids))
         return await self.event(JobDone, job_id)
 
     def payload(self, chunk_id: int, group: int = 0) -> bytes:
@@ -334,7 +389,7 @@ async def never(asked: list[bytes], writer: asyncio.StreamWriter) -> None:
 
 
 def send_frame(writer: asyncio.StreamWriter, index: int, frame: bytes) -> None:
-    writer.write(wire.FRAME_HEAD.pack(index, 0, len(frame)) + frame)
+    writer.write(wire.FRAME_HEAD.pack(index, 0, 0, len(frame)) + frame)
 
 
 def good_frame(name: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ class SecuredSettings:
     token_keys: Path | None = None
     own_token_file: Path | None = None
     audit_file: Path | None = None
+    seal_keys: Path | None = None
     clock_skew_s: int = 30
 
     def config(self, *peers: str, **agent: object) -> Config:
@@ -82,12 +84,27 @@ class SecuredSettings:
             "token_keys": self.token_keys,
             "own_token_file": self.own_token_file,
             "audit_file": self.audit_file,
+            "seal_keys": self.seal_keys,
             "clock_skew_s": self.clock_skew_s,
         }
         if self.tls is not None:
             security["tls"] = vars(self.tls)
         plain = settings(*peers, **agent).model_dump()
         return Config.model_validate({**plain, "security": security})
+
+
+def seal_keys(folder: Path, *entries: str | tuple[str, str], name: str = "seal-keys.yaml") -> Path:
+    """A key file; entries are ids of master keys, or (id, tenant). An id always means one key."""
+    listed = []
+    for entry in entries:
+        key_id, tenant = entry if isinstance(entry, tuple) else (entry, None)
+        key = folder / f"{key_id}.key"
+        if not key.exists():
+            key.write_text(os.urandom(32).hex() + "\n")
+        listed.append({"id": key_id, "key_file": key.name} | ({"tenant": tenant} if tenant else {}))
+    path = folder / name
+    path.write_text(json.dumps(listed))
+    return path
 
 
 def audit_lines(path: Path) -> list[dict[str, Any]]:

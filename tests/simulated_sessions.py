@@ -5,7 +5,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
-from simulated import SimulatedEngine, address, key, keys, running_agent, settings, until
+from simulated import (
+    SimulatedEngine,
+    acquainted,
+    address,
+    key,
+    keys,
+    running_agent,
+    settings,
+    until,
+)
 from throttle import Throttle
 
 from mcp_vllm.link import protocol
@@ -40,26 +49,31 @@ async def two_agents(folder: Path, **agent: object):
             running_agent(settings(address(b), **agent), folder / "a.sock")
         )
         link.set_target(address(a))
+        await acquainted(a, b)
         yield a, b, link
 
 
 @asynccontextmanager
-async def engine_with_session(agent, folder: Path, name: str = "a", session_id: str = "alice"):
+async def engine_with_session(
+    agent, folder: Path, name: str = "a", session_id: str = "alice", tenant: str = "default"
+):
     with SimulatedEngine(folder / f"{name}.sock") as engine:
         await engine.connected()
         for chunk_id in range(4):
             engine.fill(chunk_id, chunk_id)
-        await engine.store(NAMES, [0, 1, 2, 3])
-        await turn(agent, engine, session_id)
+        await engine.store(NAMES, [0, 1, 2, 3], tenant=tenant)
+        await turn(agent, engine, session_id, tenant=tenant)
         yield engine
 
 
-async def turn(agent, engine, session_id: str = "alice", chains=CHAINS) -> None:
-    before = agent._context.sessions.get(SessionKey("default", session_id))
-    request_id = f"{session_id} {before.turns if before else 0}"
-    engine.prepare(request_id, session_id)
+async def turn(
+    agent, engine, session_id: str = "alice", chains=CHAINS, tenant: str = "default"
+) -> None:
+    before = agent._context.sessions.get(SessionKey(tenant, session_id))
+    request_id = f"{tenant} {session_id} {before.turns if before else 0}"
+    engine.prepare(request_id, session_id, tenant)
     engine.link.send(protocol.Finish(request_id, list(chains), 48))
     await until(
-        lambda: agent._context.sessions.get(SessionKey("default", session_id)) is not before,
+        lambda: agent._context.sessions.get(SessionKey(tenant, session_id)) is not before,
         "the turn",
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator
 
 from loopback_server import LoopbackServer
 
 SLICE_BYTES = 16 << 10
+BUFFER_BYTES = 64 << 10
 
 
 class Throttle:
@@ -44,7 +46,7 @@ class Throttle:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = [writer]
         try:
-            there = await asyncio.open_connection(self._host, self._port, limit=SLICE_BYTES)
+            there = await self._connected()
             ends.append(there[1])
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._forward(reader, there[1]))
@@ -54,6 +56,14 @@ class Throttle:
         finally:
             for end in ends:
                 end.transport.abort()
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To the target; the link holds back what comes from there, not the system's buffers."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (self._host, self._port))
+        return await asyncio.open_connection(sock=sock, limit=SLICE_BYTES)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         due_s = time.monotonic()

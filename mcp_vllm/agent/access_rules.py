@@ -28,7 +28,8 @@ _WRITE_SESSION = Rule(SESSIONS_WRITE, "session")
 # Blocks are found by content, not by tenant: whoever may ask for one learns whether it is there.
 RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/healthz"): Rule(None),
-    ("GET", "/metrics"): _READ,
+    # Counts of all tenants together: what another does can be told from them.
+    ("GET", "/metrics"): Rule(ADMIN, all_tenants=True),
     ("GET", "/v1/openapi.json"): _READ,
     ("GET", "/v1/peers"): _READ,
     ("GET", "/v1/hello"): Rule(BLOCKS_READ),

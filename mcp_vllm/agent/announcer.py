@@ -13,16 +13,26 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from mcp_vllm.agent import directory_wire, wire
 from mcp_vllm.agent.chunk_set import ChunkSet, hash_keys
 from mcp_vllm.agent.context import AgentContext
-from mcp_vllm.agent.directory_wire import MAX_HASHES, About, Beat, Changes, Entries, Start, Whole
-from mcp_vllm.codec.loss import LOSSES, rank
-from mcp_vllm.store.ram import Chunk, ChunkKey
+from mcp_vllm.agent.directory_wire import (
+    MAX_HASHES,
+    MAX_SEALS,
+    NUM_LOSSES,
+    About,
+    Beat,
+    Changes,
+    Entries,
+    Start,
+    Whole,
+)
+from mcp_vllm.codec.loss import rank
+from mcp_vllm.store.ram import ChunkKey
 
 # After a message the next changes are collected for so long.
 BATCH_S = 0.01
 LOG_BYTES = 1 << 20
 # Of fingerprints in one message, names and UTF-8 on top: well below the bound of a message.
 ABOUT_CHARS = 128 << 10
-# In the place of a rank.
+# In the place of a kind.
 GONE = -1
 
 
@@ -38,6 +48,8 @@ class Announcer:
         self._log_bytes = log_bytes
         self.seq = 0
         self._chunks: dict[bytes, ChunkSet] = {}
+        # What frames are or were sealed with, by place.
+        self._seals: dict[str, int] = {"": 0}
         self._pending: dict[ChunkKey, None] = {}
         self._timer: asyncio.Handle | None = None
         self._sent_s = 0.0
@@ -122,22 +134,34 @@ class Announcer:
 
     def _entries(self, names: Iterable[ChunkKey]) -> Iterator[Entries]:
         """The names as they are now, noted in our own sets too."""
-        by_namespace: dict[bytes, dict[int, list[bytes]]] = {}
+        by_namespace: dict[bytes, dict[tuple[int, str], list[bytes]]] = {}
         for name in names:
-            of_rank = by_namespace.setdefault(name.namespace, {})
-            of_rank.setdefault(_rank_of(self._context.store.get(name)), []).append(name.key)
-        for namespace, of_rank in by_namespace.items():
+            of_kind = by_namespace.setdefault(name.namespace, {})
+            of_kind.setdefault((self._kind_of(name), name.tenant), []).append(name.key)
+        for namespace, of_kind in by_namespace.items():
             chunks = self._chunks.setdefault(namespace, ChunkSet())
-            entries = Entries(namespace, [b""] * (1 + max(0, *of_rank)))
-            for its_rank, keys in of_rank.items():
-                hashes = hash_keys(keys)
-                if its_rank == GONE:
+            entries = Entries(namespace, [b""] * (1 + max(kind for kind, _ in of_kind)))
+            for (kind, tenant), keys in of_kind.items():
+                hashes = hash_keys(keys, tenant)
+                if kind == GONE:
                     chunks.remove(hashes)
-                    entries.removed = directory_wire.to_wire(hashes)
+                    entries.removed += directory_wire.to_wire(hashes)
                 else:
-                    chunks.add(hashes, its_rank)
-                    entries.added[its_rank] = directory_wire.to_wire(hashes)
+                    chunks.add(hashes, kind)
+                    entries.added[kind] += directory_wire.to_wire(hashes)
             yield entries
+
+    def _kind_of(self, name: ChunkKey) -> int:
+        """As in `directory_wire`; GONE also for what nobody can ask for: a loss that has no name,
+        or one key more than can be told."""
+        chunk = self._context.store.get(name)
+        if chunk is None or rank(chunk.loss) >= NUM_LOSSES:
+            return GONE
+        seal = self._context.sealed_by(name, chunk)
+        if seal not in self._seals and len(self._seals) < MAX_SEALS:
+            self._seals[seal] = len(self._seals)
+        place = self._seals.get(seal)
+        return GONE if place is None else NUM_LOSSES * place + rank(chunk.loss)
 
     # ---- followers --------------------------------------------------------------------------
 
@@ -159,7 +183,8 @@ class Announcer:
             for first in range(0, len(hashes), MAX_HASHES):
                 end = first + MAX_HASHES
                 part, of_part = hashes[first:end], ranks[first:end]
-                added = [part[of_part == each] for each in range(len(LOSSES))]
+                kinds = range(NUM_LOSSES * len(self._seals))
+                added = [part[of_part == each] for each in kinds]
                 packed = [directory_wire.to_wire(each) for each in added]
                 yield directory_wire.pack(directory_wire.Slice([Entries(namespace, packed)]))
         num_chunks = sum(len(each.hashes) for each in frozen.values())
@@ -172,13 +197,7 @@ class Announcer:
         fields = [dict(each.fields) for each in known[-wire.MAX_FINGERPRINTS :]]
         while sum(len(text) for each in fields for text in each.values()) > ABOUT_CHARS:
             del fields[0]
-        return About(context.config.codec.name, speeds, fields)
-
-
-def _rank_of(chunk: Chunk | None) -> int:
-    """GONE also for what nobody can ask for: a loss that has no name."""
-    its_rank = GONE if chunk is None else rank(chunk.loss)
-    return its_rank if its_rank < len(LOSSES) else GONE
+        return About(context.config.codec.name, speeds, fields, tuple(self._seals))
 
 
 async def _happens(event: asyncio.Event, within_s: float) -> bool:

@@ -17,6 +17,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from mcp_vllm.session.manifest import DEFAULT_TENANT
+
 Hashes = NDArray[np.uint64]
 Ranks = NDArray[np.uint8]
 
@@ -29,10 +31,16 @@ MERGE_AT = 4096
 CHANGE_WEIGHT = 8
 
 
-def hash_keys(keys: Sequence[bytes]) -> Hashes:
-    """uint64, shape (len(keys),)."""
-    hashes = (xxhash.xxh3_64_intdigest(key) for key in keys)
+def hash_keys(keys: Sequence[bytes], tenant: str = DEFAULT_TENANT) -> Hashes:
+    """The hashes of that tenant's chunks: uint64, shape (len(keys),)."""
+    whose = tenant.encode() + b"\0"
+    hashes = (xxhash.xxh3_64_intdigest(whose + key) for key in keys)
     return np.fromiter(hashes, dtype=np.uint64, count=len(keys))
+
+
+def hash_as(tenants: Sequence[str], keys: Sequence[bytes]) -> list[Hashes]:
+    """The hashes of each tenant's chunks of these keys."""
+    return [hash_keys(keys, tenant) for tenant in tenants]
 
 
 class Snapshot(NamedTuple):
@@ -43,7 +51,7 @@ class Snapshot(NamedTuple):
 
 
 class ChunkSet:
-    """Hashes with the rank of their loss (`codec.loss`, 0 to 3)."""
+    """Hashes, each with a rank: a number below ABSENT that says what kind of chunk it is."""
 
     def __init__(self) -> None:
         self._hashes: Hashes = np.empty(0, dtype=np.uint64)

@@ -14,12 +14,15 @@ from typing import TypeVar
 from mcp_vllm.agent.codecs import AgentCodecs
 from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.pins import SessionPins
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
 from mcp_vllm.link.protocol import GroupLayout
+from mcp_vllm.security.seals import Seals, key_id_of
 from mcp_vllm.session.fingerprint import Fingerprint
-from mcp_vllm.session.manifest import SessionRegistry
-from mcp_vllm.store.ram import RamStore
+from mcp_vllm.session.manifest import Manifest, SessionRegistry
+from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
+from mcp_vllm.store.tenants import TenantLedger
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 T = TypeVar("T")
@@ -51,17 +54,23 @@ class Activity:
 
 
 class AgentContext:
-    """Owned by the agent's event loop; only the pool's functions run elsewhere."""
+    """Owned by the agent's event loop; only the pool's functions run elsewhere.
+
+    Attributes:
+        seals: what opens and seals frames; the agent's security sets it before anything is served.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.agent_id = uuid.uuid4().hex[:12]
-        self.store = RamStore(config.agent.ram_bytes)
-        self.sessions = SessionRegistry(config.agent.max_sessions)
+        tenants = config.tenants
+        self.store = RamStore(config.agent.ram_bytes, tenants=TenantLedger(tenants.ram_bytes_of))
+        self.sessions = SessionRegistry(config.agent.max_sessions, tenants.sessions_of)
+        self.seals = Seals()
         self.metrics = AgentMetrics()
         self.activity = Activity()
         self.flights = Flights()
-        self.pins = SessionPins(self.store)
+        self.pins = SessionPins(self.store, self.names_of)
         self.fingerprints: dict[bytes, Fingerprint] = {}
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads
@@ -71,6 +80,38 @@ class AgentContext:
     async def in_pool(self, function: Callable[..., T], *args: object) -> T:
         """Run codec work or a large copy outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def reader(self, tenant: str, lossy: Sequence[str] = ()) -> Reader:
+        """Who reads as `tenant`: its own chunks, and those of the tenants that are shared."""
+        shared = (each for each in self.config.tenants.shared if each != tenant)
+        tenants = (tenant, *shared)
+        return Reader(tenants, lossy, tuple(self.seals.key_ids(each) for each in tenants))
+
+    def readable(self, reader: Reader, namespace: bytes, key: bytes) -> ChunkKey | None:
+        """The chunk of that key which an engine here can be given; None: a miss."""
+        for name in reader.names(namespace, key):
+            chunk = self.store.get(name)
+            if chunk is not None and self.seals.opens(name.tenant, chunk.frame):
+                return name
+        return None
+
+    def sealed_by(self, name: ChunkKey, chunk: Chunk) -> str:
+        """The id of the key that its frame is, or will be, sealed with; empty: not sealed."""
+        sealed = key_id_of(chunk.frame) if chunk.frame is not None else ""
+        return sealed or next(iter(self.seals.key_ids(name.tenant)), "")
+
+    def names_of(self, manifest: Manifest, keys: Sequence[bytes] | None = None) -> list[ChunkKey]:
+        """The session's chunks (all, or those of `keys`, in that order) under the names that they
+        have here: its tenant's own, or a shared one."""
+        reader = self.reader(manifest.key.tenant)
+        store, namespace = self.store, manifest.namespace
+        return [
+            next(
+                (name for name in reader.names(namespace, key) if name in store),
+                reader.own(namespace, key),
+            )
+            for key in (manifest.chunk_keys() if keys is None else keys)
+        ]
 
     def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""

@@ -25,10 +25,8 @@ from mcp_vllm.agent.directory_wire import (
     Whole,
 )
 from mcp_vllm.agent.wire import WIRE_VERSION, WireError
-from mcp_vllm.codec.loss import EXACT, LOSSES, is_acceptable, rank
+from mcp_vllm.codec.loss import LOSSES, is_acceptable
 from mcp_vllm.errors import McpError
-
-EXACT_RANK = rank(EXACT)
 
 
 class DirectoryGap(McpError):
@@ -105,16 +103,27 @@ class DirectoryView:
         """Whether the peer has engines, or chunks, of that namespace."""
         return namespace in self.about.send_bytes_s or namespace in self._chunks
 
-    def find(self, namespace: bytes, hashes: Hashes, lossy: Collection[str]) -> NDArray[np.bool_]:
-        """Shape (len(hashes),): which are there with no loss other than of tiers `lossy`."""
+    def find(
+        self,
+        namespace: bytes,
+        hashes: Hashes,
+        lossy: Collection[str],
+        opens: Collection[str] = (),
+    ) -> NDArray[np.bool_]:
+        """Shape (len(hashes),): which are there with no loss other than of tiers `lossy`, sealed
+        with one of the keys `opens`; without any: not sealed."""
         chunks = self._chunks.get(namespace)
         if chunks is None:
             return np.zeros(len(hashes), dtype=bool)
         ranks = chunks.ranks_of(hashes)
-        if not lossy:
-            return np.equal(ranks, EXACT_RANK)
-        accepted = [each for each, loss in enumerate(LOSSES) if is_acceptable(loss, lossy)]
-        return np.isin(ranks, accepted)
+        accepted = [
+            directory_wire.NUM_LOSSES * place + its_rank
+            for place, seal in enumerate(self.about.seals)
+            if seal in (opens or ("",))
+            for its_rank, loss in enumerate(LOSSES)
+            if is_acceptable(loss, lossy)
+        ]
+        return np.equal(ranks, accepted[0]) if len(accepted) == 1 else np.isin(ranks, accepted)
 
     def drop(self, namespace: bytes, hashes: Hashes) -> None:
         """These proved not to be there: do not believe in them until they are announced again."""

@@ -16,7 +16,9 @@ Nothing for `SILENCE_S` means that the sender is dead. The sender ends a stream 
 so that credentials are checked again; the reader resumes it. A sender keeps the latest changes
 only: who is too far behind, or followed another process there, gets a snapshot.
 
-A chunk is named by the 64-bit hash of its key (`chunk_set`), big-endian, within its namespace.
+A chunk is named by the 64-bit hash of its tenant and key (`chunk_set`), big-endian, within its
+namespace. Its kind is four times the place in `About.seals` of what its frame is sealed with, plus
+the rank of its loss (`codec.loss`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ MAX_MESSAGE_BYTES: Final = 1 << 20
 # Hashes in one message.
 MAX_HASHES: Final = 4096
 MAX_NAMESPACES: Final = 256
+MAX_SEALS: Final = 62
+NUM_LOSSES: Final = len(LOSSES)
 BEAT_S: Final = 0.4
 SILENCE_S: Final = 1.5
 STREAM_S: Final = 300.0
@@ -62,15 +66,18 @@ class About(msgspec.Struct, tag="about", array_like=True):
 
     Attributes:
         send_bytes_s: by namespace of the engines known there.
+        seals: ids of keys that frames there are sealed with; the first is empty: not sealed. It
+            only grows.
     """
 
     stored_codec: str
     send_bytes_s: dict[bytes, dict[str, float]]
     fingerprints: list[dict[str, str]]
+    seals: tuple[str, ...] = ("",)
 
 
 class Entries(msgspec.Struct, array_like=True):
-    """Hashes of one namespace: those that are there, by the rank of their loss, and those gone."""
+    """Hashes of one namespace: those that are there, by their kind, and those gone."""
 
     namespace: bytes
     added: list[bytes]
@@ -122,8 +129,10 @@ def unpack(body: bytes) -> Message:
     if isinstance(message, Slice | Changes):
         for each in message.entries:
             _check(each)
-    elif isinstance(message, About) and len(message.send_bytes_s) > MAX_NAMESPACES:
-        raise WireError("malformed", "more namespaces than an agent has")
+    elif isinstance(message, About) and (
+        len(message.send_bytes_s) > MAX_NAMESPACES or len(message.seals) > MAX_SEALS
+    ):
+        raise WireError("malformed", "more namespaces or keys than an agent has")
     return message
 
 
@@ -137,7 +146,7 @@ def from_wire(packed: bytes) -> Hashes:
 
 def _check(entries: Entries) -> None:
     parts = [*entries.added, entries.removed]
-    if len(entries.added) > len(LOSSES) or any(len(part) % HASH_BYTES for part in parts):
+    if len(entries.added) > NUM_LOSSES * MAX_SEALS or any(len(part) % HASH_BYTES for part in parts):
         raise WireError("malformed", "hashes of impossible length or loss")
     if sum(map(len, parts)) > MAX_HASHES * HASH_BYTES or len(entries.namespace) > 64:
         raise WireError("oversized", "more hashes than a message may hold")

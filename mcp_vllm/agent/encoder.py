@@ -12,10 +12,10 @@ import contextlib
 import logging
 from dataclasses import replace
 
-from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.codec import Codec, decode_frame_into, encode_frame
 from mcp_vllm.codec.loss import EXACT
+from mcp_vllm.security.seals import is_sealed
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,27 @@ class Encoder:
     async def frame(self, name: ChunkKey, chunk: Chunk) -> bytes:
         """The chunk's frame, encoded now if need be; two callers share one encoding."""
         if chunk.frame is not None:
-            return chunk.frame
+            return await self._sealed(name, chunk, chunk.frame)
         task = self._in_flight.get(name)
         if task is None:
             task = asyncio.create_task(self._encode(name, chunk))
             self._in_flight[name] = task
             task.add_done_callback(lambda _: self._in_flight.pop(name, None))
         return await asyncio.shield(task)
+
+    async def frame_for(self, name: ChunkKey, chunk: Chunk, tenant: str) -> bytes:
+        """The chunk's frame as that tenant's, who may not be its own.
+
+        Raises:
+            SealError: it is sealed for another, with a key that is not here.
+        """
+        frame = await self.frame(name, chunk)
+        if name.tenant == tenant:
+            return frame
+        seals, loss = self._context.seals, chunk.loss
+        return await self._context.in_pool(
+            seals.reseal, frame, name.namespace, name.tenant, tenant, loss
+        )
 
     async def frame_as(
         self, name: ChunkKey, chunk: Chunk, codec_name: str, calibration_id: bytes
@@ -56,10 +70,11 @@ class Encoder:
         """
         codec = self._context.codecs.get(codec_name, name.namespace, calibration_id)
         is_stored = codec_name == self._context.config.codec.name
-        if codec is None or is_stored or not (codec.lossless or chunk.loss == EXACT):
+        can_change = self._context.seals.opens(name.tenant, chunk.frame)
+        is_lossy_twice = codec is not None and not (codec.lossless or chunk.loss == EXACT)
+        if codec is None or is_stored or is_lossy_twice or not can_change:
             return await self.frame(name, chunk)
-        coding = self._context.codecs.engine(name.namespace)
-        return await self._context.in_pool(_encode_as, name.key, chunk, codec, coding)
+        return await self._context.in_pool(self._encode_as, name, chunk, codec)
 
     async def run(self) -> None:
         """Encode in the background until cancelled."""
@@ -107,16 +122,27 @@ class Encoder:
         """Runs in the pool."""
         raw = chunk.raw
         assert raw is not None
-        return encode_frame(name.key, raw.data, chunk.layout, self._context.codecs.stored)
+        frame = encode_frame(name.key, raw.data, chunk.layout, self._context.codecs.stored)
+        return self._seal(name, chunk, frame)
 
+    def _encode_as(self, name: ChunkKey, chunk: Chunk, codec: Codec) -> bytes:
+        """Runs in the pool: the chunk by `codec`, whatever form it is held in."""
+        coding = self._context.codecs.engine(name.namespace)
+        raw, frame, kv = chunk.raw, chunk.frame, coding.kv_of(name.key)
+        layout = replace(chunk.layout, kv=kv)
+        if raw is not None:
+            return self._seal(name, chunk, encode_frame(name.key, raw.data, layout, codec))
+        assert frame is not None
+        opened = self._context.seals.open(frame, name.namespace, name.tenant)
+        decoded = memoryview(bytearray(chunk.raw_bytes))
+        decode_frame_into(opened, decoded, key=name.key, kv=kv, calibration=coding.calibration)
+        return self._seal(name, chunk, encode_frame(name.key, decoded, layout, codec))
 
-def _encode_as(key: bytes, chunk: Chunk, codec: Codec, coding: EngineCodecs) -> bytes:
-    """Runs in the pool: the chunk by `codec`, whatever form it is held in."""
-    raw, frame, kv = chunk.raw, chunk.frame, coding.kv_of(key)
-    layout = replace(chunk.layout, kv=kv)
-    if raw is not None:
-        return encode_frame(key, raw.data, layout, codec)
-    assert frame is not None
-    decoded = memoryview(bytearray(chunk.raw_bytes))
-    decode_frame_into(frame, decoded, key=key, kv=kv, calibration=coding.calibration)
-    return encode_frame(key, decoded, layout, codec)
+    async def _sealed(self, name: ChunkKey, chunk: Chunk, frame: bytes) -> bytes:
+        """A stored frame as it may leave: one from before its tenant had a key is sealed now."""
+        if is_sealed(frame) or not self._context.seals.key_ids(name.tenant):
+            return frame
+        return await self._context.in_pool(self._seal, name, chunk, frame)
+
+    def _seal(self, name: ChunkKey, chunk: Chunk, frame: bytes) -> bytes:
+        return self._context.seals.seal(frame, name.namespace, name.tenant, chunk.loss)

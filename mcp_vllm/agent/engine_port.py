@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mcp_vllm.agent import adoption
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.inventory import InventoryFeed
@@ -20,6 +21,7 @@ from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load import LoadJob
 from mcp_vllm.agent.peer import Peer
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.codec.loss import EXACT, rank, worst
 from mcp_vllm.errors import McpError
 from mcp_vllm.link import protocol
@@ -50,6 +52,7 @@ MAX_POSITION = 1 << 20
 class _Request:
     """`lossy` names the tiers that it accepts; `loss` is the worst that it was given."""
 
+    tenant: str
     session: SessionKey | None
     holders: dict[bytes, list[Peer]]
     lossy: tuple[str, ...]
@@ -99,6 +102,7 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         load_ms=context.config.agent.load_ms,
         asks_peers=context.config.seeks_peers,
         wants_positions=bool(context.config.codec.lossy),
+        shared_tenants=list(context.config.tenants.shared),
     )
     landing_fd = reopen_read_only(slots.fd)
     try:
@@ -146,6 +150,7 @@ class EnginePort:
             context.store,
             self._namespace,
             lambda inventory: self._writer.write(protocol.pack(inventory)),
+            self._is_readable,
         )
         feed.start()
         context.metrics.engines.inc()
@@ -247,23 +252,31 @@ class EnginePort:
         if message.request_id not in self._requests:
             self._context.activity.begin()
         lossy = self._context.config.codec.lossy_for(message.tenant, message.salted)
-        self._requests[message.request_id] = _Request(session or None, {}, lossy)
+        self._requests[message.request_id] = _Request(message.tenant, session or None, {}, lossy)
+
+    def _is_readable(self, name: ChunkKey) -> bool:
+        chunk = self._context.store.get(name)
+        return chunk is not None and self._context.seals.opens(name.tenant, chunk.frame)
+
+    def _reader(self, tenant: str, request: _Request | None) -> Reader:
+        return self._context.reader(tenant, request.lossy if request else ())
 
     async def _lookup(self, message: protocol.Lookup) -> None:
         context = self._context
         with context.metrics.lookup_seconds.time():
+            request = self._requests.get(message.request_id)
+            reader = self._reader(message.tenant, request)
             present = bytearray(
-                ChunkKey(self._namespace, key) in context.store for key in message.keys
+                context.readable(reader, self._namespace, key) is not None for key in message.keys
             )
             absent = [key for key, has in zip(message.keys, present, strict=True) if not has]
             context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
-            request = self._requests.get(message.request_id)
             if absent and len(self._peers) and request is not None:
                 deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
                 groups = self.hello.groups
                 raw_bytes = sum(groups[group_index(key)].raw_bytes for key in absent)
                 holders = await self._peers.locate(
-                    self._fingerprint, absent, request.lossy, deadline_s, raw_bytes
+                    self._fingerprint, absent, reader, deadline_s, raw_bytes
                 )
                 request.holders.update(holders)
                 for index, key in enumerate(message.keys):
@@ -284,7 +297,7 @@ class EnginePort:
             keys=message.keys,
             groups=self.hello.groups,
             holders=dict(request.holders) if request else {},
-            lossy=request.lossy if request else (),
+            reader=self._reader(message.tenant, request),
             send=self._send,
         )
         await job.run(self._context.config.agent.load_ms / 1000)
@@ -294,34 +307,36 @@ class EnginePort:
 
     async def _store(self, message: protocol.Store) -> None:
         positions = message.positions or [0] * len(message.keys)
+        reader = self._reader(message.tenant, None)
         new = [
-            (key, chunk_id, position)
+            (reader.own(self._namespace, key), chunk_id, position)
             for key, chunk_id, position in zip(
                 message.keys, message.chunk_ids, positions, strict=True
             )
-            if self._is_news(ChunkKey(self._namespace, key), message.loss)
+            if self._is_news(reader, key, message.loss)
         ]
         copied = await self._context.in_pool(self._copy_chunks, new, message.loss)
         self._uncommitted[message.job_id] = copied
         await self._send(protocol.Stored(message.job_id, sum(c.raw_bytes for _, c in copied)))
 
-    def _is_news(self, name: ChunkKey, loss: str) -> bool:
-        held = self._context.store.get(name)
+    def _is_news(self, reader: Reader, key: bytes, loss: str) -> bool:
+        name = self._context.readable(reader, self._namespace, key)
+        held = self._context.store.get(name) if name is not None else None
         return held is None or rank(held.loss) > rank(loss)
 
     def _copy_chunks(
-        self, new: list[tuple[bytes, int, int]], loss: str
+        self, new: list[tuple[ChunkKey, int, int]], loss: str
     ) -> list[tuple[ChunkKey, Chunk]]:
         """Runs in the pool: copy the pinned host chunks."""
         copied = []
-        for key, chunk_id, position in new:
-            group = self.hello.groups[group_index(key)]
+        for name, chunk_id, position in new:
+            group = self.hello.groups[group_index(name.key)]
             raw = np.empty(group.raw_bytes, dtype=np.uint8)
             gather(self._host.rows[chunk_id], group.spans, raw)
             raw.flags.writeable = False
             layout = replace(group.codec_layout, position=position)
             chunk = Chunk(layout, group.raw_bytes, raw=raw, loss=loss)
-            copied.append((ChunkKey(self._namespace, key), chunk))
+            copied.append((name, chunk))
         return copied
 
     def _commit(self, job_id: int) -> None:
@@ -338,8 +353,10 @@ class EnginePort:
         if request is None:
             return
         self._context.activity.end()
-        names = (ChunkKey(self._namespace, key) for chain in message.chains for key in chain)
-        self._context.store.touch(names)
+        reader = self._reader(request.tenant, request)
+        sealed = adoption.use(self._context, reader, self._namespace, message.chains)
+        if sealed:
+            self._start(adoption.seal_anew(self._context, reader, sealed))
         if request.session is not None and message.chains:
             manifest = self._context.sessions.record_turn(
                 request.session,

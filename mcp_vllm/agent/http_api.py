@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -16,12 +17,14 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_http import DirectoryHttp
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.quotas import QuotaReports
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.agent.sessions_http import SessionsHttp, session_errors
 from mcp_vllm.agent.streaming import write
 from mcp_vllm.agent.wire import WireError
-from mcp_vllm.codec.loss import is_acceptable, rank
-from mcp_vllm.store.ram import Chunk, ChunkKey
+from mcp_vllm.codec.loss import rank
+from mcp_vllm.store.ram import ChunkKey
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +34,32 @@ ENCODE_AHEAD = 4
 SLICE_BYTES = 256 << 10
 
 
+class _Place(NamedTuple):
+    """Of a frame in an answer: the key's index, the rank of the loss, the tenant's index."""
+
+    key_index: int
+    loss_rank: int
+    tenant_index: int
+
+
 class HttpApi:
-    """The routes. Owned by the agent's event loop."""
+    """The routes. Owned by the agent's event loop.
+
+    Args:
+        is_guarded: whether requests must say who asks.
+    """
 
     def __init__(
-        self, context: AgentContext, encoder: Encoder, peers: Peers, sessions: Sessions
+        self,
+        context: AgentContext,
+        encoder: Encoder,
+        peers: Peers,
+        sessions: Sessions,
+        quotas: QuotaReports,
+        is_guarded: bool,
     ) -> None:
+        self._is_guarded = is_guarded
+        self._quotas = quotas
         self._context = context
         self._peers = peers
         self._sessions = SessionsHttp(context, sessions)
@@ -65,12 +88,17 @@ class HttpApi:
         return app
 
     async def _healthz(self, request: web.Request) -> web.Response:
+        known = {
+            "status": "ok",
+            "version": __version__,
+            "agent_id": self._context.agent_id,
+        }
+        if self._is_guarded:  # anybody may ask, and counts tell what others do
+            return web.json_response(known)
         size = self._context.store.size()
         return web.json_response(
-            {
-                "status": "ok",
-                "version": __version__,
-                "agent_id": self._context.agent_id,
+            known
+            | {
                 "engines": int(self._context.metrics.engines._value.get()),
                 "busy_requests": self._context.activity.busy_requests,
                 "chunks": size.num_chunks,
@@ -89,6 +117,7 @@ class HttpApi:
         metrics.sessions.set(len(context.sessions))
         for peer in self._peers:
             metrics.directory_chunks.labels(peer.name).set(peer.directory.num_chunks)
+        self._quotas.refresh()
         return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
 
     async def _hello(self, request: web.Request) -> web.Response:
@@ -102,13 +131,15 @@ class HttpApi:
     async def _lookup(self, request: web.Request) -> web.Response:
         asked = wire.decode(wire.LookupRequest, await request.read())
         wire.check_keys(asked)
-        if asked.namespace not in self._context.fingerprints:
-            return _packed(wire.LookupReply(b"", self._fingerprints()))
+        wire.check_opens(asked)
         context = self._context
-        chunks = (context.store.get(ChunkKey(asked.namespace, key)) for key in asked.keys)
+        reader = Reader(asked.tenants, asked.lossy, asked.opens)
         present = bytes(
-            chunk is not None and is_acceptable(chunk.loss, asked.lossy) for chunk in chunks
+            reader.usable(context.store, asked.namespace, key, context.sealed_by) is not None
+            for key in asked.keys
         )
+        if asked.namespace not in context.fingerprints and not any(present):
+            return _packed(wire.LookupReply(b"", self._fingerprints()))
         reply = wire.LookupReply(
             present,
             stored_codec=context.config.codec.name,
@@ -121,39 +152,44 @@ class HttpApi:
         wire.check_keys(asked)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
-        names = [ChunkKey(asked.namespace, key) for key in asked.keys]
-        self._context.store.touch(names)
+        reader = Reader(asked.tenants, asked.lossy)
+        store = self._context.store
+        names = [reader.held(store, asked.namespace, key) for key in asked.keys]
+        store.touch(filter(None, names))
         await self._send_frames(response, names, asked)
-        await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0))
+        await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0, 0))
         await response.write_eof()
         return response
 
     async def _send_frames(
-        self, response: web.StreamResponse, names: Sequence[ChunkKey], asked: wire.FetchRequest
+        self,
+        response: web.StreamResponse,
+        names: Sequence[ChunkKey | None],
+        asked: wire.FetchRequest,
     ) -> None:
-        ahead: list[tuple[int, Chunk, asyncio.Task[bytes]]] = []
+        ahead: list[tuple[_Place, asyncio.Task[bytes]]] = []
         index = 0
         try:
             while index < len(names) or ahead:
                 while index < len(names) and len(ahead) < ENCODE_AHEAD:
-                    chunk = self._context.store.get(names[index])
-                    if chunk is not None and is_acceptable(chunk.loss, asked.lossy):
+                    name = names[index]
+                    chunk = self._context.store.get(name) if name is not None else None
+                    if name is not None and chunk is not None:
                         frame = self._encoder.frame_as(
-                            names[index], chunk, asked.codec, asked.calibration_id
+                            name, chunk, asked.codec, asked.calibration_id
                         )
-                        ahead.append((index, chunk, asyncio.create_task(frame)))
+                        place = _Place(index, rank(chunk.loss), asked.tenants.index(name.tenant))
+                        ahead.append((place, asyncio.create_task(frame)))
                     index += 1
                 if ahead:
-                    position, sent, task = ahead.pop(0)
-                    await self._send_frame(response, position, sent.loss, await task)
+                    place, task = ahead.pop(0)
+                    await self._send_frame(response, place, await task)
         finally:
-            for _, _, task in ahead:
+            for _, task in ahead:
                 task.cancel()
 
-    async def _send_frame(
-        self, response: web.StreamResponse, index: int, loss: str, frame: bytes
-    ) -> None:
-        head = wire.FRAME_HEAD.pack(index, rank(loss), len(frame))
+    async def _send_frame(self, response: web.StreamResponse, place: _Place, frame: bytes) -> None:
+        head = wire.FRAME_HEAD.pack(*place, len(frame))
         await write(response, head)
         for start in range(0, len(frame), SLICE_BYTES):
             await write(response, memoryview(frame)[start : start + SLICE_BYTES])

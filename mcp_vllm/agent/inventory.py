@@ -1,4 +1,4 @@
-"""Tells one engine what the store has of its namespace: all of it at first, then every change.
+"""Tells one engine what it can be given of its namespace: all of it at first, then every change.
 
 Changes are collected until the event loop comes round, so that a commit of many chunks is one
 message. Owned by the agent's event loop.
@@ -7,7 +7,7 @@ message. Owned by the agent's event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mcp_vllm.link.protocol import Inventory
 from mcp_vllm.store.ram import ChunkKey, RamStore
@@ -17,21 +17,35 @@ SLICE_KEYS = 20_000
 
 
 class InventoryFeed:
-    """From `start` until `stop`; `send` must not block."""
+    """From `start` until `stop`; `send` must not block.
+
+    Args:
+        is_readable: whether a chunk of the store can be read here: a sealed one may not.
+    """
 
     def __init__(
-        self, store: RamStore, namespace: bytes, send: Callable[[Inventory], None]
+        self,
+        store: RamStore,
+        namespace: bytes,
+        send: Callable[[Inventory], None],
+        is_readable: Callable[[ChunkKey], bool] = lambda name: True,
     ) -> None:
         self._store = store
         self._namespace = namespace
         self._send = send
-        self._changes: dict[bytes, bool] = {}
+        self._is_readable = is_readable
+        self._changes: dict[ChunkKey, bool] = {}
 
     def start(self) -> None:
         """Send what is there, and watch."""
-        keys = [name.key for name in self._store if name.namespace == self._namespace]
-        for start in range(0, len(keys), SLICE_KEYS):
-            self._send(Inventory(keys[start : start + SLICE_KEYS], []))
+        present = [
+            name
+            for name in self._store
+            if name.namespace == self._namespace and self._is_readable(name)
+        ]
+        for tenant, keys in _by_tenant(present).items():
+            for start in range(0, len(keys), SLICE_KEYS):
+                self._send(Inventory(keys[start : start + SLICE_KEYS], [], tenant))
         self._store.watchers.append(self._changed)
 
     def stop(self) -> None:
@@ -41,15 +55,22 @@ class InventoryFeed:
         self._changes.clear()
 
     def _changed(self, name: ChunkKey, present: bool) -> None:
-        if name.namespace != self._namespace:
+        if name.namespace != self._namespace or (present and not self._is_readable(name)):
             return
         if not self._changes:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._changes[name.key] = present
+        self._changes[name] = present
 
     def _flush(self) -> None:
         changes, self._changes = self._changes, {}
-        if changes:
-            added = [key for key, present in changes.items() if present]
-            removed = [key for key, present in changes.items() if not present]
-            self._send(Inventory(added, removed))
+        added = _by_tenant([name for name, present in changes.items() if present])
+        removed = _by_tenant([name for name, present in changes.items() if not present])
+        for tenant in added | removed:
+            self._send(Inventory(added.get(tenant, []), removed.get(tenant, []), tenant))
+
+
+def _by_tenant(names: Sequence[ChunkKey]) -> dict[str, list[bytes]]:
+    keys: dict[str, list[bytes]] = {}
+    for name in names:
+        keys.setdefault(name.tenant, []).append(name.key)
+    return keys

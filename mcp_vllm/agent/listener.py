@@ -27,6 +27,8 @@ MAX_CONNECTIONS = 512
 HEAD_S = 10.0
 SWEEP_S = 0.5
 ACCEPT_PAUSE_S = 0.2
+# What was closed is said again after so long, not for each connection.
+LOG_AGAIN_S = 60.0
 BACKLOG = 128
 
 
@@ -69,6 +71,7 @@ class Listener:
         self._connections: dict[RequestHandler, _Connection] = {}
         self._sockets: list[socket.socket] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._said_s: dict[str, float] = {}
 
     def __len__(self) -> int:
         """Connections that are open."""
@@ -127,6 +130,7 @@ class Listener:
         """Whether one more fits, if need be in place of the one that was idle for longest."""
         if len(self._connections) < MAX_CONNECTIONS:
             return True
+        self._say(f"{MAX_CONNECTIONS} connections are open: idle ones are closed for new ones")
         for protocol, connection in self._connections.items():
             if not connection.busy:
                 connection.abort()
@@ -160,8 +164,10 @@ class Listener:
             connection.transport = transport
         except ssl.SSLError as error:
             self._refused(address, f"TLS: {error.reason}")
-        except OSError:
-            pass  # the other side is gone, or silent for too long
+        except (OSError, asyncio.CancelledError):
+            # The other side is gone, silent for too long, or made room for another. (A task that
+            # kept this error would hold itself, and 300 KB of buffers, until a full collection.)
+            pass
         finally:
             if connection.transport is None:
                 sock.close()
@@ -177,6 +183,13 @@ class Listener:
                     del self._connections[protocol]
                 elif not connection.num_requests and connection.accepted_s < since_s:
                     connection.abort()
+                    self._say(f"a connection without a whole request in {HEAD_S:g} s was closed")
+
+    def _say(self, what: str) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._said_s.get(what, -LOG_AGAIN_S) >= LOG_AGAIN_S:
+            self._said_s[what] = now_s
+            logger.warning("%s", what)
 
 
 async def _bound(host: str, port: int) -> list[socket.socket]:

@@ -21,10 +21,12 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.nearest import next_errand
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
-from mcp_vllm.agent.received import check_received
+from mcp_vllm.agent.reader import Reader
+from mcp_vllm.agent.received import check_received, check_sealed
 from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
 from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.link.protocol import GroupLayout, Landed, Loaded, group_index
+from mcp_vllm.security.seals import SealError
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class LoadJob:
         keys: what to bring.
         groups: chunk layouts of the engine, by group index.
         holders: peers that said they have a key, the nearest first.
-        lossy: tiers that the request accepts.
+        reader: on whose behalf.
         send: sends a message to the engine.
     """
 
@@ -66,7 +68,7 @@ class LoadJob:
     keys: Sequence[bytes]
     groups: Sequence[GroupLayout]
     holders: Holders
-    lossy: Sequence[str]
+    reader: Reader
     send: Callable[[Landed | Loaded], Awaitable[None]]
     losses: dict[int, str] = field(default_factory=dict)
     _missing: set[int] = field(default_factory=set)
@@ -95,7 +97,7 @@ class LoadJob:
             self._causes["internal"] = None
             logger.exception("a load failed")
         # Parents are younger than their children again, whatever order they came in.
-        self.context.store.touch([self._name(index) for index in range(len(self.keys))])
+        self.context.store.touch(filter(None, map(self._held_name, range(len(self.keys)))))
         self._report()
         await self.send(
             Loaded(
@@ -110,13 +112,13 @@ class LoadJob:
         )
 
     async def _from_store(self) -> None:
-        names = {index: self._name(index) for index in sorted(self._missing)}
-        self.context.store.touch(names.values())
+        names = {index: self._held_name(index) for index in sorted(self._missing)}
+        self.context.store.touch(filter(None, names.values()))
         async with asyncio.TaskGroup() as tasks:
             for index, name in names.items():
-                chunk = self.context.store.get(name)
-                if chunk is not None:
-                    tasks.create_task(self._land_stored(index, chunk))
+                chunk = self.context.store.get(name) if name is not None else None
+                if name is not None and chunk is not None:
+                    tasks.create_task(self._land_stored(index, name, chunk))
 
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
@@ -160,13 +162,14 @@ class LoadJob:
                                 peer, asked[fetched.index], fetched, outcome
                             )
                             tasks.create_task(landing).add_done_callback(lambda _: room.release())
-                    peer.note_lacking(self.namespace, [self.keys[index] for index in lacking])
+                    lacked = [self.keys[index] for index in lacking]
+                    peer.note_lacking(self.namespace, lacked, self.reader)
             except PeerFailure as failure:
                 # What came before the failure is whole and lands. The peer has counted it.
                 self._causes[failure.cause] = None
                 outcome.is_counted = True
         if outcome.damage is not None:
-            cause = "checksum" if isinstance(outcome.damage, ChecksumError) else "malformed"
+            cause = _cause_of(outcome.damage)
             self._causes[cause] = None
             peer.note_failure(cause, str(outcome.damage), fetching=True)
         elif outcome.num_landed and not outcome.is_counted:
@@ -178,7 +181,7 @@ class LoadJob:
         """The codec to ask for, and how many of the wanted chunks."""
         context = self.context
         sizes = [self._group(index).raw_bytes for index in wanted]
-        accepted = context.codecs.acceptable(self.lossy)
+        accepted = context.codecs.acceptable(self.reader.lossy)
         speeds = context.codecs.speeds(self.namespace)
         return peer.plan.next_request(sizes, accepted, speeds, context.codec_threads)
 
@@ -189,7 +192,7 @@ class LoadJob:
         bounds = [self._group(index).raw_bytes + wire.FRAME_SLACK_BYTES for index in asked]
         wanted = Wanted(
             codec,
-            self.lossy,
+            self.reader,
             self._coding.calibration_id,
             # Its directory may not know yet that it is dead: that costs a lookup's time, no more.
             answer_s=self.context.config.agent.lookup_ms / 1000,
@@ -201,10 +204,13 @@ class LoadJob:
     ) -> None:
         group = self._group(index)
         frame = fetched.frame
+        name = ChunkKey(self.namespace, self.keys[index], fetched.tenant)
         self._wire_bytes += len(frame)
         try:
-            header, loss = check_received(frame, fetched.loss, group.raw_bytes, self.lossy)
-            await self._land(index, lambda out: self._decode(frame, out, index), loss)
+            lossy = self.reader.lossy
+            header, loss = check_received(frame, fetched.loss, group.raw_bytes, lossy)
+            check_sealed(self.context, name, frame)
+            await self._land(index, lambda out: self._decode(frame, out, name), loss)
         except CodecError as error:
             outcome.damage = outcome.damage or error
             return
@@ -213,15 +219,15 @@ class LoadJob:
         self._sources[peer.name] = None
         self.context.metrics.loaded_chunks.labels("peer").inc()
         chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame, loss=loss)
-        self.context.store.put(self._name(index), chunk)
+        self.context.store.put(name, chunk)
 
-    async def _land_stored(self, index: int, chunk: Chunk) -> None:
+    async def _land_stored(self, index: int, name: ChunkKey, chunk: Chunk) -> None:
         try:
-            await self._land(index, lambda out: self._restore(chunk, out, index), chunk.loss)
+            await self._land(index, lambda out: self._restore(chunk, out, name), chunk.loss)
         except CodecError as error:
             self._causes["checksum"] = None
             logger.warning("a stored chunk is damaged and was dropped: %s", error)
-            self.context.store.discard(self._name(index))
+            self.context.store.discard(name)
             return
         self._sources[LOCAL] = None
         self.context.metrics.loaded_chunks.labels("store").inc()
@@ -260,19 +266,21 @@ class LoadJob:
     def _coding(self) -> EngineCodecs:
         return self.context.codecs.engine(self.namespace)
 
-    def _decode(self, frame: bytes, out: memoryview, index: int) -> None:
+    def _decode(self, frame: bytes, out: memoryview, name: ChunkKey) -> None:
         """Runs in the pool."""
-        key, coding = self.keys[index], self._coding
-        decode_frame_into(frame, out, key=key, kv=coding.kv_of(key), calibration=coding.calibration)
+        key, coding = name.key, self._coding
+        opened = self.context.seals.open(frame, name.namespace, name.tenant)
+        kv, calibration = coding.kv_of(key), coding.calibration
+        decode_frame_into(opened, out, key=key, kv=kv, calibration=calibration)
 
-    def _restore(self, chunk: Chunk, out: memoryview, index: int) -> None:
+    def _restore(self, chunk: Chunk, out: memoryview, name: ChunkKey) -> None:
         """Runs in the pool."""
         raw, frame = chunk.raw, chunk.frame
         if frame is not None:
-            self._decode(frame, out, index)
+            self._decode(frame, out, name)
         elif raw is not None:
             if raw.nbytes != out.nbytes:
-                key = self.keys[index].hex()
+                key = name.key.hex()
                 raise CodecError(f"chunk {key} has {raw.nbytes} bytes, not {out.nbytes}")
             np.copyto(np.frombuffer(out, dtype=np.uint8), raw)
 
@@ -280,7 +288,17 @@ class LoadJob:
         return self.groups[group_index(self.keys[index])]
 
     def _name(self, index: int) -> ChunkKey:
-        return ChunkKey(self.namespace, self.keys[index])
+        return self.reader.own(self.namespace, self.keys[index])
+
+    def _held_name(self, index: int) -> ChunkKey | None:
+        """The chunk as it is here, if it can be read; None when it is not."""
+        return self.context.readable(self.reader, self.namespace, self.keys[index])
 
     def _holders_of(self, index: int) -> Sequence[Peer]:
         return self.holders.get(self.keys[index], ())
+
+
+def _cause_of(damage: CodecError) -> str:
+    if isinstance(damage, ChecksumError):
+        return "checksum"
+    return "sealed" if isinstance(damage, SealError) else "malformed"

@@ -18,7 +18,7 @@ import numpy as np
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
-from mcp_vllm.agent.chunk_set import Hashes, hash_keys
+from mcp_vllm.agent.chunk_set import Hashes, hash_as
 from mcp_vllm.agent.directory_view import DirectoryView
 from mcp_vllm.agent.peer_http import (
     FAULTS,
@@ -29,6 +29,7 @@ from mcp_vllm.agent.peer_http import (
     check_status,
     session_path,
 )
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.transfer_plan import TransferPlan
 from mcp_vllm.agent.wire import WireError
@@ -67,22 +68,24 @@ class PeerFailure(McpError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """How frames are asked for: in `codec` ("": as stored), with loss of the tiers `lossy` at most,
-    by the calibration of that id; the answer begins within `answer_s` (None: of `stall_s`)."""
+    """How frames are asked for: in `codec` ("": as stored), for `reader`, by the calibration of
+    that id; the answer begins within `answer_s` (None: of `stall_s`)."""
 
     codec: str
-    lossy: Sequence[str] = ()
+    reader: Reader
     calibration_id: bytes = b""
     answer_s: float | None = None
 
 
 @dataclass(frozen=True)
 class FetchedFrame:
-    """A frame for key `index` of a request, and what its content has lost before (`codec.loss`)."""
+    """A frame for key `index` of a request, what its content has lost before (`codec.loss`), and
+    whose chunk it is."""
 
     index: int
     frame: bytes
     loss: str
+    tenant: str
 
 
 class Peer:
@@ -138,16 +141,24 @@ class Peer:
         """The response to a request for its directory, to be entered and read by the link."""
         return self._http.post("/v1/directory", self.directory.follow())
 
-    def find(self, fingerprint: Fingerprint, hashes: Hashes, lossy: Sequence[str]) -> Sequence[int]:
+    def find(
+        self, fingerprint: Fingerprint, hashes: Sequence[Hashes], reader: Reader
+    ) -> Sequence[int]:
         """Which of these keys its directory says are there, by index; nothing is asked.
 
+        `hashes` are those of the reader's tenants, one after the other (`chunk_set.hash_as`).
         Empty too while the peer is avoided. What a lookup would tell of codecs is learned.
         """
         directory, namespace = self.directory, fingerprint.digest
         if not directory.knows(namespace):
             self.report_mismatch(fingerprint, directory.about.fingerprints)
             return ()
-        (found,) = np.nonzero(directory.find(namespace, hashes, lossy))
+        opens = reader.opens or [()] * len(reader.tenants)
+        usable = [
+            directory.find(namespace, of_tenant, reader.lossy, ids)
+            for of_tenant, ids in zip(hashes, opens, strict=True)
+        ]
+        (found,) = np.nonzero(np.logical_or.reduce(usable))
         if not len(found) or not self.breaker.allow():
             return ()
         about = directory.about
@@ -156,15 +167,22 @@ class Peer:
         return indices
 
     async def lookup(
-        self, fingerprint: Fingerprint, keys: Sequence[bytes], lossy: Sequence[str]
+        self, fingerprint: Fingerprint, keys: Sequence[bytes], reader: Reader
     ) -> bytes:
-        """One flag a key: 1 when the peer can send it, with no loss other than of tiers `lossy`.
+        """One flag a key: 1 when the peer can send what `reader` can use.
 
         Raises:
             PeerFailure: no usable answer. Cancelling this counts as a failure too, because the
                 caller's deadline passed.
         """
-        request = wire.LookupRequest(wire.WIRE_VERSION, fingerprint.digest, list(keys), list(lossy))
+        request = wire.LookupRequest(
+            wire.WIRE_VERSION,
+            fingerprint.digest,
+            list(keys),
+            list(reader.lossy),
+            tuple(reader.tenants),
+            [list(ids) for ids in reader.opens],
+        )
         try:
             async with self._http.post("/v1/blocks/lookup", request) as response:
                 reply = wire.decode(wire.LookupReply, await self._http.body(response))
@@ -202,8 +220,9 @@ class Peer:
             namespace,
             list(keys),
             wanted.codec,
-            list(wanted.lossy),
+            list(wanted.reader.lossy),
             wanted.calibration_id,
+            tuple(wanted.reader.tenants),
         )
         previous, answers = -1, False
         asked_s = time.perf_counter()
@@ -216,21 +235,23 @@ class Peer:
                 await check_status(response)
                 while True:
                     head = await self._http.read(response, wire.FRAME_HEAD.size)
-                    index, loss_rank, size = wire.FRAME_HEAD.unpack(head)
+                    index, loss_rank, tenant, size = wire.FRAME_HEAD.unpack(head)
                     if index == wire.END_INDEX:
                         await self._http.end_of(response)
                         break
                     if not previous < index < len(keys):
                         raise WireError("malformed", f"a frame for key {index} of {len(keys)}")
                     previous = index
+                    if tenant >= len(wanted.reader.tenants):
+                        raise WireError("malformed", "a frame of a tenant that was not asked for")
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
-                    loss = self._accepted_loss(loss_rank, wanted.lossy)
+                    loss = self._accepted_loss(loss_rank, wanted.reader.lossy)
                     begun_s = time.perf_counter()
                     frame = await self._http.read(response, size)
                     self.plan.meter.note_payload(size, time.perf_counter() - begun_s)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
-                    yield FetchedFrame(index, frame, loss)
+                    yield FetchedFrame(index, frame, loss, wanted.reader.tenants[tenant])
         except FAULTS as error:
             raise self._failure(error, fetching=answers) from error
 
@@ -256,12 +277,14 @@ class Peer:
             raise self._failure(error) from error
         return manifest, sizes
 
-    async def pull(self, key: SessionKey, agent_id: str) -> Transfer:
-        """Let the peer fetch a session from the agent of that id. Raises PeerFailure."""
+    async def pull(self, key: SessionKey, agent_id: str, *, releases: bool = False) -> Transfer:
+        """Let the peer fetch a session from the agent of that id, which is going to release it or
+        not. Raises PeerFailure."""
+        asked = wire.SessionPull(agent_id, releases)
         try:
             async with (
                 asyncio.timeout(PULL_S),
-                self._http.post(session_path(key, "pull"), wire.SessionPull(agent_id)) as response,
+                self._http.post(session_path(key, "pull"), asked) as response,
             ):
                 return wire.decode(Transfer, await self._http.body(response))
         except FAULTS as error:
@@ -285,9 +308,10 @@ class Peer:
         """Whether its link knows that it is not there."""
         return self.following is Following.DOWN
 
-    def note_lacking(self, namespace: bytes, keys: Sequence[bytes]) -> None:
+    def note_lacking(self, namespace: bytes, keys: Sequence[bytes], reader: Reader) -> None:
         """It was asked for these and did not have them, whatever its directory says."""
-        self.directory.drop(namespace, hash_keys(keys))
+        for hashes in hash_as(reader.tenants, keys):
+            self.directory.drop(namespace, hashes)
 
     def note_reached(self, following: Following) -> None:
         """The link to its directory works."""

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import aiohttp
 
-from mcp_vllm.agent.chunk_set import hash_keys
+from mcp_vllm.agent.chunk_set import hash_as
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_link import DirectoryLink, Pace
 from mcp_vllm.agent.directory_view import DirectoryView
 from mcp_vllm.agent.nearest import nearest_first
 from mcp_vllm.agent.peer import Following, Peer, PeerFailure
 from mcp_vllm.agent.peer_http import Member
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.session.fingerprint import Fingerprint
 
@@ -76,31 +77,30 @@ class Peers:
         self,
         fingerprint: Fingerprint,
         keys: Sequence[bytes],
-        lossy: Sequence[str],
+        reader: Reader,
         deadline_s: float,
         raw_bytes: int,
     ) -> Holders:
         """Which peers have which of `keys`, as far as that is known or told within `deadline_s`;
         the nearest first, for chunks of `raw_bytes` together.
 
-        What has lost detail counts where the tier is one of `lossy`. Only where the directories
-        leave keys without a holder, peers without one are asked; that returns early once one of
-        those has everything.
+        What `reader` could not use does not count. Only where the directories leave keys without a
+        holder, peers without one are asked; that returns early once one of those has everything.
         """
         holders: Holders = {}
-        hashes = hash_keys(keys)
+        hashes = hash_as(reader.tenants, keys)
         peers = [peer for peer in self if not peer.is_down]
         known = [peer for peer in peers if peer.following is Following.SYNCED]
         to_ask = [peer for peer in peers if peer.following is not Following.SYNCED]
         self._context.metrics.peer_lookups.labels("directory").inc(len(known))
         for peer in known:
-            for index in peer.find(fingerprint, hashes, lossy):
+            for index in peer.find(fingerprint, hashes, reader):
                 holders.setdefault(keys[index], []).append(peer)
         rest = [key for key in keys if key not in holders] if to_ask else []
         if rest:
             await self._ask(
                 [peer for peer in to_ask if peer.breaker.allow()],
-                fingerprint, rest, lossy, deadline_s, holders,
+                fingerprint, rest, reader, deadline_s, holders,
             )  # fmt: skip
         nearest_first(holders, raw_bytes)
         return holders
@@ -117,13 +117,15 @@ class Peers:
         peers: Sequence[Peer],
         fingerprint: Fingerprint,
         keys: Sequence[bytes],
-        lossy: Sequence[str],
+        reader: Reader,
         deadline_s: float,
         holders: Holders,
     ) -> None:
         """Add to `holders` what these peers answer in time."""
         self._context.metrics.peer_lookups.labels("network").inc(len(peers))
-        asked = {asyncio.create_task(peer.lookup(fingerprint, keys, lossy)): peer for peer in peers}
+        asked = {
+            asyncio.create_task(peer.lookup(fingerprint, keys, reader)): peer for peer in peers
+        }
         pending: set[asyncio.Task[bytes]] = set(asked)
         until = asyncio.get_running_loop().time() + deadline_s
         complete = False

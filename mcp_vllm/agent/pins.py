@@ -24,8 +24,14 @@ class _Pin:
 class SessionPins:
     """One per agent, owned by its event loop. Times are seconds since the epoch."""
 
-    def __init__(self, store: RamStore, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: RamStore,
+        names_of: Callable[[Manifest], list[ChunkKey]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._store = store
+        self._names_of = names_of
         self._clock = clock
         self._pins: dict[SessionKey, _Pin] = {}
 
@@ -36,7 +42,7 @@ class SessionPins:
 
     def pin(self, manifest: Manifest, ttl_s: float) -> bool:
         """Pin for that long from now, in place of an earlier pin; False when memory forbids it."""
-        names = [ChunkKey(manifest.namespace, key) for key in manifest.chunk_keys()]
+        names = self._names_of(manifest)
         self._store.unpin(self._names(manifest.key))
         if not self._store.pin(names, MAX_SHARE):
             self._store.pin(self._names(manifest.key), MAX_SHARE)

@@ -11,6 +11,7 @@ from typing import TypedDict
 from mcp_vllm.config import SecurityConfig
 from mcp_vllm.security.audit import Audit
 from mcp_vllm.security.errors import SecurityError
+from mcp_vllm.security.seals import Seals
 from mcp_vllm.security.tls import Tls, TlsFiles
 from mcp_vllm.security.tokens import TokenFile, TokenVerifier
 
@@ -32,6 +33,7 @@ class AgentSecurity:
 
     Attributes:
         tls, tokens: None where they are not configured.
+        seals: what opens and seals blocks.
     """
 
     def __init__(self, config: SecurityConfig) -> None:
@@ -43,6 +45,7 @@ class AgentSecurity:
             self.tokens = TokenVerifier(config.token_keys, config.audience, config.clock_skew_s)
         if config.own_token_file is not None:
             self._own_token = TokenFile(config.own_token_file)
+        self.seals = Seals(config.seal_keys)
         self.audit = Audit(config.audit_file)
         self._logged: dict[str, str] = {}
 
@@ -80,6 +83,7 @@ class AgentSecurity:
             ("certificates", self.tls),
             ("token keys", self.tokens),
             ("own token", self._own_token),
+            ("seal keys", self.seals),
         ):
             if source is not None:
                 self._reload(what, source.reload)

@@ -24,6 +24,7 @@ from mcp_vllm.agent.listener import Listener
 from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.quotas import QuotaReports
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
@@ -88,7 +89,22 @@ class Agent:
         self._security = security = AgentSecurity(self._config.security)
         listener = self._listen_for_engines()
         self._peers = Peers(self._context, security)
-        http = HttpApi(self._context, self._encoder, self._peers, self._sessions())
+        self._context.seals = security.seals
+        quotas = QuotaReports(
+            self._config.tenants,
+            self._context.store,
+            self._context.sessions,
+            self._context.metrics,
+            security.audit,
+        )
+        http = HttpApi(
+            self._context,
+            self._encoder,
+            self._peers,
+            self._sessions(),
+            quotas,
+            is_guarded=security.is_required,
+        )
         access = Access(security)
         self._listener = Listener(security.server_context, access.refuse_tls)
         self.application = http.application([self._listener.middleware, access.middleware])
@@ -131,6 +147,7 @@ class Agent:
             await self._listener.close()
             await runner.cleanup()
             await self._peers.close()
+            quotas.close()
             security.close()
             self._context.close()
 
@@ -142,7 +159,7 @@ class Agent:
         folder = self._config.agent.parking_folder
         parking = ParkingFolder(folder) if folder is not None else None
         if parking is not None:
-            for manifest in parking.manifests():
+            for manifest in sorted(parking.manifests(), key=lambda each: each.last_used_s):
                 self._context.sessions.put(manifest)
         return Sessions(self._context, self._encoder, self._peers, parking)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
-from mcp_vllm.agent.received import check_received, keep_verified
+from mcp_vllm.agent.received import check_received, check_sealed, keep_verified
 from mcp_vllm.codec import CodecError, FrameError
 from mcp_vllm.codec.loss import is_acceptable
 from mcp_vllm.errors import McpError
@@ -41,7 +41,9 @@ class SessionTransfer:
         self._peer = peer
         self._manifest = manifest
         self._sizes = sizes
-        self._lossy = context.config.codec.lossy_for(manifest.key.tenant, salted=False)
+        tenant = manifest.key.tenant
+        self._lossy = context.config.codec.lossy_for(tenant, salted=False)
+        self._reader = context.reader(tenant, self._lossy)
         self._report = Transfer(len(self._sizes), 0, 0, 0)
 
     async def run(self) -> Transfer:
@@ -80,8 +82,7 @@ class SessionTransfer:
         return [key for key in self._sizes if self._is_missing(key)]
 
     def _is_missing(self, key: bytes) -> bool:
-        held = self._context.store.get(self._name(key))
-        return held is None or not is_acceptable(held.loss, self._lossy)
+        return self._reader.held(self._context.store, self._manifest.namespace, key) is None
 
     async def _fetch_missing(self) -> None:
         names = [self._name(key) for key in self._missing()]
@@ -92,7 +93,7 @@ class SessionTransfer:
                 asked, wanted = wanted[:count], wanted[count:]
                 bounds = [self._sizes[key] + wire.FRAME_SLACK_BYTES for key in asked]
                 coding = self._context.codecs.engine(self._manifest.namespace)
-                how = Wanted(codec, self._lossy, coding.calibration_id)
+                how = Wanted(codec, self._reader, coding.calibration_id)
                 frames = self._peer.fetch(self._manifest.namespace, asked, bounds, how)
                 async with contextlib.aclosing(frames):
                     async for fetched in frames:
@@ -114,10 +115,12 @@ class SessionTransfer:
         """Verify and store a frame. Raises PeerFailure when it is not what it should be."""
         size = self._sizes[key]
         try:
+            name = ChunkKey(self._manifest.namespace, key, fetched.tenant)
             header, loss = check_received(fetched.frame, fetched.loss, size, self._lossy)
+            check_sealed(self._context, name, fetched.frame)
             if header.raw_size != size:
                 raise FrameError(f"frame holds {header.raw_size} raw bytes, not {size}")
-            await keep_verified(self._context, self._name(key), fetched.frame, header, loss)
+            await keep_verified(self._context, name, fetched.frame, header, loss)
         except CodecError as error:
             self._peer.note_failure("malformed", str(error), fetching=True)
             raise PeerFailure("malformed", f"peer {self._peer.name}: {error}") from error
@@ -126,4 +129,4 @@ class SessionTransfer:
         self._report.wire_bytes += len(fetched.frame)
 
     def _name(self, key: bytes) -> ChunkKey:
-        return ChunkKey(self._manifest.namespace, key)
+        return self._reader.own(self._manifest.namespace, key)

@@ -23,6 +23,7 @@ from mcp_vllm.agent.received import check_received, keep_verified
 from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
 from mcp_vllm.codec import CodecError
 from mcp_vllm.errors import McpError
+from mcp_vllm.security.seals import SealError, is_sealed
 from mcp_vllm.session.api import DrainStep, Transfer
 from mcp_vllm.session.archive import (
     MAX_FRAME_BYTES,
@@ -59,6 +60,7 @@ class Sessions:
         self._peers = peers
         self._parking = parking
         self._locks: WeakValueDictionary[SessionKey, asyncio.Lock] = WeakValueDictionary()
+        context.sessions.over_quota.append(self._forgotten)
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -69,13 +71,11 @@ class Sessions:
             raise SessionError(404, "no such session")
         return manifest
 
-    def held(self, manifest: Manifest) -> dict[bytes, Chunk]:
-        """The session's chunks that are in memory, by key."""
+    def held(self, manifest: Manifest) -> dict[ChunkKey, Chunk]:
+        """The session's chunks that are in memory."""
         store = self._context.store
-        chunks = {
-            key: store.get(ChunkKey(manifest.namespace, key)) for key in manifest.chunk_keys()
-        }
-        return {key: chunk for key, chunk in chunks.items() if chunk is not None}
+        chunks = {name: store.get(name) for name in self._context.names_of(manifest)}
+        return {name: chunk for name, chunk in chunks.items() if chunk is not None}
 
     def sizes(self, manifest: Manifest) -> dict[bytes, int]:
         """Raw bytes of each of the session's chunks that are here.
@@ -86,7 +86,7 @@ class Sessions:
         held = self.held(manifest)
         if not held:
             raise SessionError(409, "none of the session's chunks are in memory here")
-        return {key: chunk.raw_bytes for key, chunk in held.items()}
+        return {name.key: chunk.raw_bytes for name, chunk in held.items()}
 
     # ---- on this host -----------------------------------------------------------------------
 
@@ -113,19 +113,25 @@ class Sessions:
 
     def delete(self, key: SessionKey) -> None:
         """Forget the session and the chunks that no other session has."""
-        manifest = self.get(key)
-        if manifest.parked and self._parking is not None:
-            self._parking.remove(key)
-        self._release(manifest)
+        self._release(self.get(key))
 
     def _release(self, manifest: Manifest) -> None:
-        self._context.pins.unpin(manifest.key)
         self._context.sessions.remove(manifest.key)
+        self._forgotten(manifest)
+
+    def _forgotten(self, manifest: Manifest) -> None:
+        """The session is not in the registry any more: nor is anything of it anywhere here."""
+        if self._parking is not None:
+            self._parking.remove(manifest.key)
+        self._context.pins.unpin(manifest.key)
         self._drop_unused(manifest)
 
     def _drop_unused(self, manifest: Manifest) -> None:
-        for key in self._context.sessions.unused(manifest.namespace, manifest.chunk_keys()):
-            self._context.store.discard(ChunkKey(manifest.namespace, key))
+        tenant, context = manifest.key.tenant, self._context
+        if tenant in context.config.tenants.shared:
+            return  # sessions of other tenants may rely on them: they leave by eviction only
+        for key in context.sessions.unused(manifest):
+            context.store.discard(ChunkKey(manifest.namespace, key, tenant))
 
     # ---- to and from files ------------------------------------------------------------------
 
@@ -140,9 +146,11 @@ class Sessions:
         chunks = self.held(manifest)
         writer = ArchiveWriter()
         yield writer.start(manifest)
-        for chunk_key, chunk in chunks.items():
-            name = ChunkKey(manifest.namespace, chunk_key)
-            frame = await self._encoder.frame(name, chunk)
+        for name, chunk in chunks.items():
+            try:
+                frame = await self._encoder.frame_for(name, chunk, key.tenant)
+            except SealError as error:
+                raise SessionError(409, f"a block that it shares with others is {error}") from error
             for piece in writer.add(ArchivedFrame(frame, chunk.loss)):
                 yield piece
         yield writer.end()
@@ -178,7 +186,7 @@ class Sessions:
         present = self._context.sessions.get(manifest.key)
         if present is not None and not present.parked:
             raise SessionError(409, f"session {manifest.key.session_id} exists already")
-        missing = arrived - self.held(manifest).keys()
+        missing = arrived - {name.key for name in self.held(manifest)}
         if missing:
             text = f"{len(missing)} of the session's chunks do not fit into the memory"
             raise SessionError(507, text)
@@ -191,12 +199,16 @@ class Sessions:
         """Verify and store one chunk of an archive; returns its key."""
         manifest = reader.manifest
         assert manifest is not None
-        tenant = (owner or manifest.key).tenant
-        lossy = self._context.config.codec.lossy_for(tenant, salted=False)
+        context, tenant = self._context, (owner or manifest.key).tenant
+        lossy = context.config.codec.lossy_for(tenant, salted=False)
         frame = archived.frame
         header, loss = check_received(frame, archived.loss, MAX_FRAME_BYTES, lossy)
-        name = ChunkKey(manifest.namespace, header.key)
-        await keep_verified(self._context, name, frame, header, loss)
+        name = ChunkKey(manifest.namespace, header.key, tenant)
+        if is_sealed(frame) and manifest.key.tenant != tenant:
+            frame = await context.in_pool(
+                context.seals.reseal, frame, name.namespace, manifest.key.tenant, tenant, loss
+            )
+        await keep_verified(context, name, frame, header, loss)
         return header.key
 
     async def park(self, key: SessionKey) -> None:
@@ -207,30 +219,40 @@ class Sessions:
             manifest = self.get(key)
             if manifest.parked:
                 return
-            await self._parking.write(key, self.export(key))
+            await self._write_parked(key)
             if self._context.sessions.get(key) is not manifest:
-                self._parking.remove(key)
                 raise SessionError(409, "the session was used while it was being parked")
             self._context.pins.unpin(key)
             self._context.sessions.put(msgspec.structs.replace(manifest, parked=True, chains=[]))
             self._drop_unused(manifest)
 
+    async def _write_parked(self, key: SessionKey) -> None:
+        assert self._parking is not None
+        try:
+            await self._parking.write(key, self.export(key))
+        except OSError as error:
+            raise SessionError(507, f"agent.parking_folder: {error.strerror}") from error
+
     async def wake(self, key: SessionKey) -> Manifest:
-        """Bring a parked session back into memory."""
+        """Bring a parked session back into memory. Its file stays until the session leaves this
+        agent: memory does not outlive the process."""
         async with self._lock(key):
             manifest = self.get(key)
             if not manifest.parked:
                 return manifest
             assert self._parking is not None
-            woken = await self.import_archive(self._parking.read(key), owner=key)
-            self._parking.remove(key)
-            return woken
+            return await self.import_archive(self._parking.read(key), owner=key)
 
     # ---- between agents ---------------------------------------------------------------------
 
-    async def pull(self, key: SessionKey, agent_id: str) -> Transfer:
-        """Fetch the session from the configured peer with that id; it appears once it is whole."""
-        return await self._pull(key, await self._peer_with_id(agent_id))
+    async def pull(self, key: SessionKey, agent_id: str, *, releases: bool = False) -> Transfer:
+        """Fetch the session from the configured peer with that id; it appears once it is whole.
+
+        With `releases` the peer is going to forget it: where there is a parking folder, this ends
+        only when the session would survive the end of this agent.
+        """
+        peer = await self._peer_with_id(agent_id)
+        return await self._pull(key, peer, survives=releases)
 
     async def prefetch(self, key: SessionKey) -> Transfer:
         """Fetch the session from whichever peer has it."""
@@ -242,7 +264,7 @@ class Sessions:
                 causes.append(str(error))
         raise SessionError(404, f"no peer gave the session: {'; '.join(causes) or 'none there'}")
 
-    async def _pull(self, key: SessionKey, peer: Peer) -> Transfer:
+    async def _pull(self, key: SessionKey, peer: Peer, *, survives: bool = False) -> Transfer:
         async with self._lock(key):
             try:
                 manifest, sizes = await peer.manifest(key)
@@ -250,16 +272,22 @@ class Sessions:
             except (PeerFailure, TransferError) as error:
                 raise SessionError(502, str(error)) from error
             self._appear(msgspec.structs.replace(manifest, parked=False))
+            if survives and self._parking is not None:
+                await self._write_parked(key)
             return report
 
     async def copy(self, key: SessionKey, to: str) -> Transfer:
         """Let the peer `to` ("HOST:PORT") fetch the session from here."""
+        return await self._offer(key, to, releases=False)
+
+    async def _offer(self, key: SessionKey, to: str, *, releases: bool) -> Transfer:
         manifest = self.get(key)
         if manifest.parked:
             await self.wake(key)
         self.sizes(self.get(key))
         try:
-            return await self._peer_named(to).pull(key, self._context.agent_id)
+            peer = self._peer_named(to)
+            return await peer.pull(key, self._context.agent_id, releases=releases)
         except PeerFailure as failure:
             raise SessionError(502, str(failure)) from failure
 
@@ -268,7 +296,7 @@ class Sessions:
         total = Transfer(0, 0, 0, 0)
         for _ in range(MOVE_ROUNDS):
             before = self.get(key)
-            report = await self.copy(key, to)
+            report = await self._offer(key, to, releases=True)
             total.num_chunks = report.num_chunks
             total.num_sent += report.num_sent
             total.raw_bytes += report.raw_bytes
@@ -303,7 +331,7 @@ class Sessions:
     def _appear(self, manifest: Manifest) -> None:
         """A session that came from elsewhere is here now; its parents are younger than children."""
         for chain in manifest.chains:
-            self._context.store.touch(ChunkKey(manifest.namespace, key) for key in chain)
+            self._context.store.touch(self._context.names_of(manifest, chain))
         self._context.sessions.put(manifest)
 
     def _lock(self, key: SessionKey) -> asyncio.Lock:

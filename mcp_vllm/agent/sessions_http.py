@@ -114,7 +114,7 @@ class SessionsHttp:
 
     async def _pull(self, request: web.Request) -> web.Response:
         asked = wire.decode(wire.SessionPull, await request.read())
-        pulled = await self._sessions.pull(_key(request), asked.agent_id)
+        pulled = await self._sessions.pull(_key(request), asked.agent_id, releases=asked.releases)
         return web.Response(body=wire.encode(pulled), content_type="application/msgpack")
 
     async def _prefetch(self, request: web.Request) -> web.Response:

@@ -6,11 +6,12 @@
   carries the known fingerprints, so that the asker can name the field that differs.
 - `POST /v1/blocks/fetch` with `FetchRequest` -> `200`, body: for each key that is still there, in
   the order asked, `FRAME_HEAD` (index of the key in the request, rank of the loss that its content
-  has suffered before, length of the frame) and the frame; at the end a head with `END_INDEX` and
-  length 0. A body that ends without it was cut off.
+  has suffered before, index of the tenant whose chunk it is, length of the frame) and the frame; at
+  the end a head with `END_INDEX` and length 0. A body that ends without it was cut off.
 - `POST /v1/directory`: a stream of what is there, as it changes (`directory_wire`).
 
 A request names the lossy tiers that the asker accepts; what has suffered another is a miss for it.
+It names the tenants whose chunks it may use, its own first: chunks of others do not exist for it.
 
 Every request names the protocol version; another version is answered with 409 and a sentence.
 """
@@ -25,15 +26,18 @@ import msgspec
 from mcp_vllm.codec.loss import LOSSY_TIERS
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.protocol import MAX_MESSAGE_BYTES
+from mcp_vllm.session.manifest import DEFAULT_TENANT
 
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 MAX_REQUEST_BYTES: Final = MAX_MESSAGE_BYTES
 MAX_KEYS: Final = 1 << 17
-FRAME_HEAD: Final = struct.Struct(">IBQ")
+FRAME_HEAD: Final = struct.Struct(">IBBQ")
 END_INDEX: Final = 0xFFFFFFFF
 # A frame is never larger than its raw bytes plus a header; this bounds the header generously.
 FRAME_SLACK_BYTES: Final = 64 << 10
 MAX_FINGERPRINTS: Final = 8
+MAX_TENANTS: Final = 64
+MAX_KEY_IDS: Final = 64
 
 
 class WireError(McpError):
@@ -51,10 +55,15 @@ class PeerHello(msgspec.Struct):
 
 
 class LookupRequest(msgspec.Struct):
+    """`opens[i]`: ids of the keys that open sealed frames of `tenants[i]` there; empty: only what
+    is not sealed can be read."""
+
     version: int
     namespace: bytes
     keys: list[bytes]
     lossy: list[str] = []
+    tenants: tuple[str, ...] = (DEFAULT_TENANT,)
+    opens: list[list[str]] = []
 
 
 class LookupReply(msgspec.Struct):
@@ -83,6 +92,7 @@ class FetchRequest(msgspec.Struct):
     codec: str = ""
     lossy: list[str] = []
     calibration_id: bytes = b""
+    tenants: tuple[str, ...] = (DEFAULT_TENANT,)
 
 
 class SessionOffer(msgspec.Struct):
@@ -98,9 +108,13 @@ class SessionOffer(msgspec.Struct):
 
 
 class SessionPull(msgspec.Struct):
-    """Fetch a session from the agent of that id."""
+    """Fetch a session from the agent of that id.
+
+    `releases`: it is going to be released there, so it must outlive the receiver where it can.
+    """
 
     agent_id: str
+    releases: bool = False
 
 
 _T = TypeVar("_T")
@@ -137,7 +151,16 @@ def check_keys(request: Any) -> None:
         WireError: another version, or too many or too long keys.
     """
     check_version(request.version)
+    if not 0 < len(request.tenants) <= MAX_TENANTS:
+        raise WireError("malformed", f"no tenant, or more than {MAX_TENANTS}")
     if len(request.lossy) > len(LOSSY_TIERS):
         raise WireError("malformed", "more lossy tiers than there are")
     if len(request.keys) > MAX_KEYS or any(not 4 < len(key) <= 128 for key in request.keys):
         raise WireError("malformed", "too many keys, or a key of impossible length")
+
+
+def check_opens(request: LookupRequest) -> None:
+    """Raises WireError when `opens` does not fit `tenants`."""
+    fits = len(request.opens) in (0, len(request.tenants))
+    if not fits or any(len(ids) > MAX_KEY_IDS for ids in request.opens):
+        raise WireError("malformed", "key ids that do not fit the tenants")

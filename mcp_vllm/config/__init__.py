@@ -10,6 +10,7 @@ from mcp_vllm.config.schema import (
     Config,
     DiscoveryConfig,
     SecurityConfig,
+    TenantsConfig,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "ConfigError",
     "DiscoveryConfig",
     "SecurityConfig",
+    "TenantsConfig",
 ]

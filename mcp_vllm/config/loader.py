@@ -4,6 +4,7 @@ Works on any pydantic schema, so the schema may import it. Remembers where each 
 faults name their source, and `mcp-vllm config check` shows it.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,15 +139,20 @@ def _nested(settings: Mapping[str, Setting]) -> dict[str, object]:
     return root
 
 
-_PLAIN_WORDS = {"tuple_type": "must be a list", "path_type": "must be a path"}
+_PLAIN_WORDS = {
+    "tuple_type": "must be a list",
+    "path_type": "must be a path",
+    "extra_forbidden": "unknown key",
+}
 
 
 def _fault(error: ErrorDetails, settings: Mapping[str, Setting]) -> str:
     """One validation error as one line: source, dotted key, what is wrong, the value given."""
-    names = [part for part in error["loc"] if isinstance(part, str)]
+    names = list(itertools.takewhile(lambda part: isinstance(part, str), error["loc"]))
     # A fault between keys has no field of its own; its validator puts the key in the context.
-    dotted = ".".join(names) or str(error.get("ctx", {}).get("key", ""))
-    place = dotted + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    dotted = ".".join(map(str, names)) or str(error.get("ctx", {}).get("key", ""))
+    inside = error["loc"][len(names) :]  # of an item of a list
+    place = dotted + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in inside)
     message = _PLAIN_WORDS.get(error["type"], error["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should be", "must be")
     line = f"{place}: {message}"

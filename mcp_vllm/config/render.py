@@ -2,7 +2,7 @@
 
 import json
 
-from pydantic import ByteSize
+from pydantic import BaseModel, ByteSize
 
 from mcp_vllm.config.keys import keys_of, value_of
 from mcp_vllm.config.loader import C, Loaded
@@ -14,9 +14,15 @@ def as_text(value: object) -> str:
     """A value as YAML that reads back as the same value; whole sizes with their unit."""
     if isinstance(value, ByteSize):
         return next(
-            (f"{value // n}{unit}" for unit, n in _UNITS if value % n == 0), str(int(value))
+            (f"{value // n}{unit}" for unit, n in _UNITS if value and value % n == 0),
+            str(int(value)),
         )
-    return json.dumps(value, default=str, ensure_ascii=False)
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: object) -> object:
+    """What JSON has no form for: an item of a list of sections, or something like a path."""
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else str(value)
 
 
 def render(loaded: Loaded[C]) -> str:

@@ -6,6 +6,7 @@ are frozen; a process reads its configuration once and hands it down.
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -186,6 +187,59 @@ class DiscoveryConfig(_Section):
         return bool(self.dns) or self.registry is not None
 
 
+class TenantQuota(_Section):
+    """What one tenant may have at most, in place of what every tenant may."""
+
+    tenant: str = Field(min_length=1, max_length=256)
+    """Whose quota it is."""
+
+    ram_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Memory for its blocks; 0: no quota."""
+
+    sessions: int = Field(default=0, ge=0, le=10_000_000)
+    """Its sessions; 0: no quota."""
+
+
+def _one_quota_each(quotas: tuple[TenantQuota, ...]) -> tuple[TenantQuota, ...]:
+    _unique(tuple(quota.tenant for quota in quotas))
+    return quotas
+
+
+class TenantsConfig(_Section):
+    """Tenants of one agent: what they share, and how much each may have. Blocks are found by their
+    content inside a tenant only. Over a quota, the tenant's own blocks and sessions leave, those
+    used longest ago first."""
+
+    shared: Annotated[tuple[str, ...], AfterValidator(_unique)] = Field(default=(), max_length=32)
+    """Tenants whose blocks every tenant may use, for system prompts: what a request of such a
+    tenant computes is there for all. The same on all hosts."""
+
+    ram_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Memory that the blocks of a tenant may take; 0: no quota."""
+
+    sessions: int = Field(default=0, ge=0, le=10_000_000)
+    """Sessions that a tenant may have; 0: no quota."""
+
+    quotas: Annotated[tuple[TenantQuota, ...], AfterValidator(_one_quota_each)] = Field(
+        default=(), max_length=10_000
+    )
+    """Tenants with other quotas: a list of `{tenant, ram_bytes, sessions}`."""
+
+    @cached_property
+    def _by_tenant(self) -> dict[str, TenantQuota]:
+        return {quota.tenant: quota for quota in self.quotas}
+
+    def ram_bytes_of(self, tenant: str) -> int:
+        """The bytes that its blocks may take; 0: no quota."""
+        quota = self._by_tenant.get(tenant)
+        return int(self.ram_bytes if quota is None else quota.ram_bytes)
+
+    def sessions_of(self, tenant: str) -> int:
+        """The sessions that it may have; 0: no quota."""
+        quota = self._by_tenant.get(tenant)
+        return self.sessions if quota is None else quota.sessions
+
+
 class TlsConfig(_Section):
     """PEM files of this agent; all three, or none. Replaced files are used within seconds."""
 
@@ -230,6 +284,10 @@ class SecurityConfig(_Section):
     own_token_file: Path | None = None
     """File with the bearer token that this agent presents to its peers, beside its certificate."""
 
+    seal_keys: Path | None = None
+    """YAML or JSON file of the keys that blocks are sealed with, for each tenant that has one. They
+    leave this agent sealed, and are sealed on its disks."""
+
     audit_file: Path | None = None
     """File for one JSON line for each session operation, export of blocks and refusal."""
 
@@ -254,6 +312,7 @@ class Config(_Section):
     discovery: DiscoveryConfig = DiscoveryConfig()
     agent: AgentConfig = AgentConfig()
     codec: CodecConfig = CodecConfig()
+    tenants: TenantsConfig = TenantsConfig()
     security: SecurityConfig = SecurityConfig()
 
     @model_validator(mode="after")

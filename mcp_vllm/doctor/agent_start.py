@@ -72,7 +72,7 @@ def _check_taken(config: Config, listen: Address) -> Check:
         return ok(
             name,
             f"{listen} is served by agent {health.get('agent_id')} "
-            f"(mcp-vllm {health.get('version')}, {health.get('engines')} engines)",
+            f"(mcp-vllm {health.get('version')})",
         )
     if config.agent.socket is None and config.agent.listen == AgentConfig().listen:
         return warn(

@@ -107,6 +107,7 @@ class AgentLink:
         self.lookup_s = 0.05
         self.asks_peers = True
         self.wants_positions = False
+        self.shared_tenants: Sequence[str] = ()
         self._load_s = 10.0
         self._commands: deque[protocol.EngineMessage | tuple[protocol.Load, Sequence[int]]] = (
             deque()
@@ -260,6 +261,7 @@ class AgentLink:
         self.lookup_s = welcome.lookup_ms / 1000
         self.asks_peers = welcome.asks_peers
         self.wants_positions = welcome.wants_positions
+        self.shared_tenants = welcome.shared_tenants
         self._load_s = welcome.load_ms / 1000
         self.counters.connects += 1
         self._connected.set()

@@ -26,8 +26,10 @@ Life cycle::
       Commit(job) or Discard(job)    --->                the pin held all the time, or did not
       Finish(request, chain)         --->                the request ended; its session grows
 
-The engine knows the agent's store by Inventory, so it asks only for what is not there, and only
-when the agent has peers that might have it: a request that hits nothing is not held up.
+What one tenant has stored is there for its own requests only, or for all where the tenant is one of
+`Welcome.shared_tenants`. The engine knows the agent's store by Inventory, so it asks only for what
+is not there, and only when the agent has peers that might have it: a request that hits nothing is
+not held up.
 
 A stored chunk becomes visible only by Commit: the engine sends it when the chunks were pinned until
 Stored arrived. If it gave up waiting it sends Discard, because the bytes may have changed while
@@ -48,8 +50,9 @@ import msgspec
 from mcp_vllm.codec import ChunkLayout, CodecError, KVLayout, planes
 from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.errors import McpError
+from mcp_vllm.session.manifest import DEFAULT_TENANT
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 16 << 20
 MAX_KEY_BYTES: Final = 128
 MAX_PAGES: Final = 1 << 16
@@ -153,6 +156,7 @@ class Welcome(msgspec.Struct, tag=True):
     load_ms: int
     asks_peers: bool = True
     wants_positions: bool = False
+    shared_tenants: list[str] = []
 
 
 class Refused(msgspec.Struct, tag=True):
@@ -162,10 +166,12 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Inventory(msgspec.Struct, tag=True):
-    """Chunks that have come to or gone from the agent's store; all of them after Welcome."""
+    """Chunks of a tenant that have come to or gone from the agent's store; all of them after
+    Welcome."""
 
     added: list[Key]
     removed: list[Key]
+    tenant: str = DEFAULT_TENANT
 
 
 class Prepare(msgspec.Struct, tag=True):
@@ -187,6 +193,7 @@ class Lookup(msgspec.Struct, tag=True):
     lookup_id: int
     request_id: str
     keys: list[Key]
+    tenant: str = DEFAULT_TENANT
 
 
 class Found(msgspec.Struct, tag=True):
@@ -200,6 +207,7 @@ class Load(msgspec.Struct, tag=True):
     job_id: int
     request_id: str
     keys: list[Key]
+    tenant: str = DEFAULT_TENANT
 
 
 class Landed(msgspec.Struct, tag=True):
@@ -239,6 +247,7 @@ class Store(msgspec.Struct, tag=True):
     Attributes:
         loss: the worst loss of the context that the chunks were computed from (`codec.loss`).
         positions: of each key in its chain; empty unless the agent wants them.
+        tenant: whose request computed them.
     """
 
     job_id: int
@@ -246,6 +255,7 @@ class Store(msgspec.Struct, tag=True):
     chunk_ids: list[int]
     loss: str = EXACT
     positions: list[int] = []
+    tenant: str = DEFAULT_TENANT
 
 
 class Stored(msgspec.Struct, tag=True):

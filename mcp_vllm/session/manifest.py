@@ -8,13 +8,14 @@ event loop; no locks.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from mcp_vllm.codec.loss import EXACT, worst
 from mcp_vllm.errors import McpError
 
+# Whose requests are that name no tenant.
 DEFAULT_TENANT = "default"
 MAX_NAME_CHARS = 256
 FORMAT_VERSION = 1
@@ -75,12 +76,26 @@ class Manifest(msgspec.Struct, kw_only=True):
 
 
 class SessionRegistry:
-    """The manifests of one agent, at most `max_sessions`; the least recently used leave first."""
+    """The manifests of one agent; the least recently used leave first.
 
-    def __init__(self, max_sessions: int) -> None:
+    Args:
+        max_sessions: of all tenants together.
+        quota_of: sessions that a tenant may have, 0 for no quota; over it, its own leave.
+
+    Attributes:
+        over_quota: told of each session that left because its tenant had too many.
+    """
+
+    def __init__(
+        self, max_sessions: int, quota_of: Callable[[str], int] = lambda tenant: 0
+    ) -> None:
+        self.over_quota: list[Callable[[Manifest], None]] = []
         self._max_sessions = max_sessions
+        self._quota_of = quota_of
+        # Of tenants with a quota, by last use.
+        self._of_tenant: dict[str, OrderedDict[SessionKey, None]] = {}
         self._manifests: OrderedDict[SessionKey, Manifest] = OrderedDict()
-        self._uses: Counter[tuple[bytes, bytes]] = Counter()
+        self._uses: Counter[tuple[str, bytes, bytes]] = Counter()
 
     def __len__(self) -> int:
         return len(self._manifests)
@@ -124,6 +139,7 @@ class SessionRegistry:
         self.remove(manifest.key)
         self._manifests[manifest.key] = manifest
         self._uses.update(self._names(manifest))
+        self._keep_quota(manifest.key)
         while len(self._manifests) > self._max_sessions:
             self.remove(next(iter(self._manifests)))
 
@@ -131,16 +147,33 @@ class SessionRegistry:
         """Forget a manifest; returns it, or None when there is none."""
         manifest = self._manifests.pop(key, None)
         if manifest is not None:
+            own = self._of_tenant.get(key.tenant, OrderedDict())
+            own.pop(key, None)
+            if not own:
+                self._of_tenant.pop(key.tenant, None)
             for name in self._names(manifest):
                 self._uses[name] -= 1
                 if not self._uses[name]:
                     del self._uses[name]
         return manifest
 
-    def unused(self, namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of `keys` that no session here has in its chain."""
-        return [key for key in keys if (namespace, key) not in self._uses]
+    def _keep_quota(self, key: SessionKey) -> None:
+        quota = self._quota_of(key.tenant)
+        if not quota:
+            return
+        own = self._of_tenant.setdefault(key.tenant, OrderedDict())
+        own[key] = None
+        while len(own) > quota:
+            left = self.remove(next(iter(own)))
+            for watcher in self.over_quota:
+                assert left is not None
+                watcher(left)
+
+    def unused(self, manifest: Manifest) -> list[bytes]:
+        """Those keys of it that no session here of the same tenant has in its chain."""
+        return [name[2] for name in self._names(manifest) if name not in self._uses]
 
     @staticmethod
-    def _names(manifest: Manifest) -> list[tuple[bytes, bytes]]:
-        return [(manifest.namespace, key) for key in manifest.chunk_keys()]
+    def _names(manifest: Manifest) -> list[tuple[str, bytes, bytes]]:
+        tenant, namespace = manifest.key.tenant, manifest.namespace
+        return [(tenant, namespace, key) for key in manifest.chunk_keys()]

@@ -18,16 +18,22 @@ from numpy.typing import NDArray
 
 from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.codec.loss import EXACT, rank
+from mcp_vllm.session.manifest import DEFAULT_TENANT
+from mcp_vllm.store.tenants import TenantLedger
 
 # What an entry costs beyond its bytes (key, object, dictionary slot), counted against the budget.
 ENTRY_OVERHEAD_BYTES = 512
 
 
 class ChunkKey(NamedTuple):
-    """A chunk's name: the engine's fingerprint digest and vLLM's offload key."""
+    """A chunk's name: the engine's fingerprint digest, vLLM's offload key, and whose chunk it is.
+
+    Equal keys of two tenants are two chunks: what one tenant has is nothing to another.
+    """
 
     namespace: bytes
     key: bytes
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(eq=False)
@@ -69,12 +75,15 @@ class RamStore:
     """A bounded map from `ChunkKey` to `Chunk`.
 
     Invariant: the bytes held never exceed the budget. A chunk that does not fit beside the pinned
-    ones is not kept, which `put` reports; pinned chunks never leave by eviction. Each of `watchers`
-    is called with a name and whether it has come (or gone).
+    ones, or into its tenant's quota, is not kept, which `put` reports; pinned chunks never leave by
+    eviction. Each of `watchers` is called with a name and whether it has come (or gone), each of
+    `over_quota` with the name of a chunk that left because its tenant had too much.
     """
 
     budget_bytes: int
     evictions: int = 0
+    tenants: TenantLedger = field(default_factory=TenantLedger)
+    over_quota: list[Callable[[ChunkKey], None]] = field(default_factory=list)
     watchers: list[Callable[[ChunkKey, bool], None]] = field(default_factory=list)
     _chunks: OrderedDict[ChunkKey, Chunk] = field(default_factory=OrderedDict)
     _raw: dict[ChunkKey, None] = field(default_factory=dict)
@@ -109,9 +118,12 @@ class RamStore:
         """
         present = self._chunks.get(name)
         if present is not None and rank(present.loss) <= rank(chunk.loss):
-            self._chunks.move_to_end(name)
+            self._used(name)
             return True
         if chunk.held_bytes > self.budget_bytes - self._pinned_bytes:
+            return False
+        replaced_bytes = present.held_bytes if present is not None else 0
+        if not self._make_room_for(name, chunk.held_bytes - replaced_bytes):
             return False
         pins = self._pins.get(name, 0)
         if present is not None:
@@ -122,6 +134,7 @@ class RamStore:
             self._pins[name] = pins
             self._pinned_bytes += chunk.held_bytes
         self._account(name, chunk, 1)
+        self.tenants.added(name, chunk.held_bytes)
         self._tell(name, True)
         return True
 
@@ -129,7 +142,7 @@ class RamStore:
         """Mark the chunks of one chain, in chain order, as just used."""
         for name in reversed(list(names)):
             if name in self._chunks:
-                self._chunks.move_to_end(name)
+                self._used(name)
 
     def set_frame(self, name: ChunkKey, chunk: Chunk, frame: bytes) -> None:
         """Replace the raw bytes of `chunk` by its frame; no effect if it has left meanwhile."""
@@ -139,9 +152,11 @@ class RamStore:
         self._account(name, chunk, -1)
         chunk.frame, chunk.raw = frame, None
         self._account(name, chunk, 1)
+        self.tenants.resized(name, chunk.held_bytes - before)
         if name in self._pins:
             self._pinned_bytes += chunk.held_bytes - before
         # An incompressible chunk's frame exceeds its raw form by the frame header.
+        self._make_room_for(name, 0)
         self._evict_until(self.budget_bytes)
 
     def discard(self, name: ChunkKey) -> None:
@@ -151,6 +166,7 @@ class RamStore:
         chunk = self._chunks.pop(name, None)
         if chunk is not None:
             self._account(name, chunk, -1)
+            self.tenants.removed(name, chunk.held_bytes)
             self._tell(name, False)
 
     def pin(self, names: Iterable[ChunkKey], max_share: float) -> bool:
@@ -196,6 +212,23 @@ class RamStore:
         assert self._held_bytes <= self.budget_bytes
         assert self._pinned_bytes == sum(self._chunks[name].held_bytes for name in self._pins)
         assert all(count > 0 for count in self._pins.values())
+        self.tenants.check_integrity({n: c.held_bytes for n, c in self._chunks.items()})
+
+    def _used(self, name: ChunkKey) -> None:
+        self._chunks.move_to_end(name)
+        self.tenants.touched(name)
+
+    def _make_room_for(self, name: ChunkKey, added_bytes: int) -> bool:
+        """Whether the tenant may hold so much more; what it had too much has left then."""
+        victims = self.tenants.victims(
+            name.tenant, added_bytes, lambda held: held == name or held in self._pins
+        )
+        for victim in victims or ():
+            self.discard(victim)
+            self.evictions += 1
+            for watcher in self.over_quota:
+                watcher(victim)
+        return victims is not None
 
     def _evict_until(self, limit_bytes: int) -> None:
         while self._held_bytes > limit_bytes:
@@ -207,6 +240,7 @@ class RamStore:
                 continue
             chunk = self._chunks.pop(name)
             self._account(name, chunk, -1)
+            self.tenants.removed(name, chunk.held_bytes)
             self.evictions += 1
             self._tell(name, False)
 

@@ -112,6 +112,18 @@ class AgentMetrics:
             ["by"],
             registry=r,
         )
+        self.quota_evictions = Counter(
+            "mcp_agent_quota_evictions",
+            "What left because its tenant had more than its quota, by kind",
+            ["tenant", "kind"],
+            registry=r,
+        )
+        self.tenant_held_bytes = Gauge(
+            "mcp_agent_tenant_held_bytes",
+            "Bytes of chunks held in memory for a tenant with a quota of its own",
+            ["tenant"],
+            registry=r,
+        )
         self.fingerprint_mismatches = Counter(
             "mcp_agent_fingerprint_mismatches",
             "Lookups that a peer could not serve because its engines differ from ours, by field",

@@ -23,10 +23,10 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
 from mcp_vllm.link.supervisor import AgentSupervisor, own_socket_path
-from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey, SessionNameError, checked_name
 from mcp_vllm.vllm_plugin import settings
 from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
 from mcp_vllm.vllm_plugin.layout import group_layouts
+from mcp_vllm.vllm_plugin.session import session_of
 from mcp_vllm.vllm_plugin.tier import ContextTier
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class MCPConnector(OffloadingConnector):
         status.update_offload_keys()
         chains = [list(state.offload_keys) for state in status.group_states]
         salted = request.cache_salt is not None
-        self._tier.prepare(status.req_context, _session_of(request), salted, chains)
+        session = session_of(request.request_id, request.kv_transfer_params)
+        self._tier.prepare(status.req_context, session, salted, chains)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         metadata = super().build_connector_meta(scheduler_output)
@@ -149,7 +150,7 @@ class MCPConnector(OffloadingConnector):
             )
         ]
         report = self._tier.conclude(request.request_id, chains, num_tokens)
-        session = _session_of(request)
+        session = session_of(request.request_id, request.kv_transfer_params)
         imported_from = list(report.sources) or (["host"] if imported_tokens else [])
         ours = {
             "session_id": session.session_id or None,
@@ -201,18 +202,3 @@ class MCPConnector(OffloadingConnector):
 
 def _nothing() -> None:
     """The agent runs on its own."""
-
-
-def _session_of(request: Request) -> SessionKey:
-    """The session that the request names; an empty id means none. Never refuses a request."""
-    params = request.kv_transfer_params or {}
-    if params.get("session_id") is None:
-        return SessionKey(DEFAULT_TENANT, "")
-    try:
-        return SessionKey(
-            checked_name("tenant", params.get("tenant", DEFAULT_TENANT)),
-            checked_name("session_id", params["session_id"]),
-        )
-    except SessionNameError as error:
-        logger.warning("request %s: session ignored: %s", request.request_id, error)
-        return SessionKey(DEFAULT_TENANT, "")

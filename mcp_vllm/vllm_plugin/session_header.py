@@ -1,7 +1,9 @@
-"""ASGI middleware: the header `X-Session-Id` names the session, as `kv_transfer_params` would.
+"""ASGI middleware: the headers `X-Session-Id` and `X-Tenant-Id` name the session and the tenant, as
+`kv_transfer_params` would.
 
 Added to vLLM's API server by the flags when connector `mcp` is on. The body is rewritten only when
-the header is there and the body does not name a session itself.
+one of the headers is there. A session that the body names stays; a tenant that a header names wins
+over the body's, so that a gateway which sets the header decides.
 """
 
 from __future__ import annotations
@@ -36,12 +38,8 @@ def _session(scope: Message) -> dict[str, str]:
     if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
         return {}
     headers = dict(scope["headers"])
-    if not headers.get(SESSION_HEADER):
-        return {}
-    named = {"session_id": headers[SESSION_HEADER].decode("latin-1")}
-    if headers.get(TENANT_HEADER):
-        named["tenant"] = headers[TENANT_HEADER].decode("latin-1")
-    return named
+    named = {"session_id": headers.get(SESSION_HEADER), "tenant": headers.get(TENANT_HEADER)}
+    return {name: value.decode("latin-1") for name, value in named.items() if value}
 
 
 async def _with_session(scope: Message, receive: Receive, session: dict[str, str]) -> Receive:
@@ -62,8 +60,8 @@ async def _with_session(scope: Message, receive: Receive, session: dict[str, str
 
 
 def add_session(body: bytes, session: dict[str, str]) -> bytes:
-    """`body` with the session in its `kv_transfer_params`; unchanged when it is no JSON object or
-    names a session itself."""
+    """`body` with the session and the tenant in its `kv_transfer_params`; unchanged when it is no
+    JSON object."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
@@ -73,9 +71,10 @@ def add_session(body: bytes, session: dict[str, str]) -> bytes:
     params = request.get("kv_transfer_params")
     if params is None:
         params = {}
-    if not isinstance(params, dict) or "session_id" in params:
+    if not isinstance(params, dict):
         return body
-    request["kv_transfer_params"] = {**session, **params}
+    tenant = {name: session[name] for name in ("tenant",) if name in session}
+    request["kv_transfer_params"] = {**session, **params, **tenant}
     return json.dumps(request).encode()
 
 

@@ -35,8 +35,9 @@ from mcp_vllm.link import protocol
 from mcp_vllm.link.client import AgentLink
 from mcp_vllm.link.events import Found, JobDone, Lost
 from mcp_vllm.link.shared_memory import reopen_read_only
-from mcp_vllm.session.manifest import SessionKey
+from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey
 from mcp_vllm.vllm_plugin.metrics import EngineMetrics, definitions
+from mcp_vllm.vllm_plugin.session import tenant_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class _Request:
     to_ask: list[OffloadKey] = field(default_factory=list)
     deadline_s: float = 0.0
     started_s: float = 0.0
+    tenant: str = DEFAULT_TENANT
     prompt: list[OffloadKey] | None = None
     chains: list[list[OffloadKey]] = field(default_factory=list)
     num_tokens: int = 0
@@ -83,7 +85,8 @@ class ContextTier(SecondaryTierManager):
         self._link: AgentLink | None = None
         self._responsive = True
         self._requests: dict[str, _Request] = {}
-        self._inventory: set[OffloadKey] = set()
+        # What the agent has, by tenant.
+        self._inventory: dict[str, set[OffloadKey]] = {}
         # What was loaded after a lossy tier; it may be in this engine's caches until it ends.
         self._losses: dict[OffloadKey, str] = {}
         self._lookups: dict[int, tuple[str, Sequence[OffloadKey]]] = {}
@@ -126,6 +129,7 @@ class ContextTier(SecondaryTierManager):
         `salted`: it has a `cache_salt`, so its keys are its own and those of the same salt.
         """
         request = self._requests[req_context.req_id]
+        request.tenant = session.tenant
         request.prompt = keys = [key for chain in chains for key in chain]
         if self._link is None or not self._link.connected:
             return
@@ -133,7 +137,8 @@ class ContextTier(SecondaryTierManager):
             protocol.Prepare(req_context.req_id, session.tenant, session.session_id or None, salted)
         )
         self._take_events()
-        absent = [key for key in keys if key not in self._inventory]
+        held = self._held_for(session.tenant)
+        absent = [key for key in keys if not any(key in each for each in held)]
         self._count_lookups(len(keys) - len(absent), "hit")
         if not self._link.asks_peers:
             self._count_lookups(len(absent), "miss")
@@ -172,7 +177,7 @@ class ContextTier(SecondaryTierManager):
         if self._lookups:
             self._take_events()
         known = request.answers.get(key)
-        if known is None and key in self._inventory:
+        if known is None and any(key in held for held in self._held_for(request.tenant)):
             known = True
         if known is not None:
             return LookupResult.HIT if known else LookupResult.MISS
@@ -194,7 +199,8 @@ class ContextTier(SecondaryTierManager):
         if self._link is None:
             self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
             return
-        load = protocol.Load(job_id, job_metadata.req_context.req_id, keys)
+        context = job_metadata.req_context
+        load = protocol.Load(job_id, context.req_id, keys, tenant_of(context.kv_transfer_params))
         self._link.load(load, job_metadata.chunk_ids.tolist())
 
     def submit_store(self, job_metadata: TransferJob) -> None:
@@ -203,11 +209,12 @@ class ContextTier(SecondaryTierManager):
         if self._link is None:
             self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
             return
-        request_id = job_metadata.req_context.req_id
+        context = job_metadata.req_context
+        request_id, tenant = context.req_id, tenant_of(context.kv_transfer_params)
         loss = self._loss_of(request_id)
         positions = self._positions(request_id, keys) if self._link.wants_positions else []
         chunk_ids = job_metadata.chunk_ids.tolist()
-        self._link.send(protocol.Store(job_id, keys, chunk_ids, loss, positions))
+        self._link.send(protocol.Store(job_id, keys, chunk_ids, loss, positions, tenant))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         self._take_events()
@@ -271,7 +278,13 @@ class ContextTier(SecondaryTierManager):
         lookup_id = self._next_lookup_id
         self._next_lookup_id += 1
         self._lookups[lookup_id] = (request_id, keys)
-        self._link.send(protocol.Lookup(lookup_id, request_id, list(keys)))
+        self._link.send(protocol.Lookup(lookup_id, request_id, list(keys), request.tenant))
+
+    def _held_for(self, tenant: str) -> list[set[OffloadKey]]:
+        """What the agent has for that tenant: its own, and what is shared."""
+        shared = self._link.shared_tenants if self._link is not None else ()
+        held = (self._inventory.get(each) for each in dict.fromkeys((tenant, *shared)))
+        return [each for each in held if each]
 
     def _give_up_lookups(self, request: _Request) -> None:
         """The deadline has passed: what is unknown is a miss, and the agent is not waited for
@@ -293,8 +306,11 @@ class ContextTier(SecondaryTierManager):
                 case JobDone():
                     self._end_job(event)
                 case protocol.Inventory():
-                    self._inventory.update(event.added)
-                    self._inventory.difference_update(event.removed)
+                    held = self._inventory.setdefault(event.tenant, set())
+                    held.update(event.added)
+                    held.difference_update(event.removed)
+                    if not held:
+                        del self._inventory[event.tenant]
                 case Lost():
                     self._inventory.clear()
 

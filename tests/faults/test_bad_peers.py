@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import zstandard
 from simulated import (
+    LAYOUT,
     SimulatedEngine,
     SimulatedPeer,
     frame_of,
@@ -29,12 +31,19 @@ from simulated import (
     settings,
     until,
 )
+from simulated_sessions import call
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.server import Agent
+from mcp_vllm.codec import Codec, encode_frame
+from mcp_vllm.codec.base import Encoded
+from mcp_vllm.codec.loss import EXACT
+from mcp_vllm.session.archive import ArchivedFrame, ArchiveWriter
+from mcp_vllm.session.manifest import Manifest, SessionKey
 
 STALL_MS, LOAD_MS = 200, 1000
 SLACK_S = 1.5  # what a busy machine may add; far below what a missing deadline would cost
+BOMB_BYTES = 128 << 20
 NAMES = keys(0, 1, 2, 3)
 CHUNK_IDS = [4, 5, 6, 7]
 
@@ -55,7 +64,7 @@ async def engine_with_peers(
 async def closes_in_mid_stream(asked, writer):
     http_head(writer)
     send_frame(writer, 0, good_frame(asked[0]))
-    writer.write(wire.FRAME_HEAD.pack(1, 0, 5000) + b"x" * 100)
+    writer.write(wire.FRAME_HEAD.pack(1, 0, 0, 5000) + b"x" * 100)
 
 
 async def resets_in_mid_stream(asked, writer):
@@ -92,7 +101,7 @@ async def sends_other_chunks(asked, writer):
 async def claims_a_terabyte(asked, writer):
     http_head(writer)
     send_frame(writer, 0, good_frame(asked[0]))
-    writer.write(wire.FRAME_HEAD.pack(1, 0, 1 << 40))
+    writer.write(wire.FRAME_HEAD.pack(1, 0, 0, 1 << 40))
     await never(asked, writer)
 
 
@@ -117,11 +126,40 @@ async def claims_a_small_frame_of_a_huge_chunk(asked, writer):
     send_frame(writer, wire.END_INDEX, b"")
 
 
+# Here, since it takes a moment that the agent, in this process, would lack.
+COMPRESSED_ZEROS = zstandard.ZstdCompressor().compress(bytes(BOMB_BYTES))
+
+
+class BombCodec(Codec):
+    """Says that it is zstd, and makes a part that decompresses to far more than the chunk."""
+
+    name, codec_id, lossless = "zstd", 1, True
+
+    def encode(self, raw, layout):
+        return Encoded(self, [COMPRESSED_ZEROS])
+
+    def decode_into(self, parts, out, layout):
+        raise AssertionError("only receivers decode it")
+
+
+def bomb(name: bytes) -> bytes:
+    return encode_frame(name, bytes(16 << 10), LAYOUT, BombCodec())
+
+
+async def sends_a_bomb(asked, writer):
+    """A frame of a few KiB, sound by its checksums, whose content would take 256 MiB."""
+    http_head(writer)
+    send_frame(writer, 0, good_frame(asked[0]))
+    for index, name in enumerate(asked[1:], start=1):
+        send_frame(writer, index, bomb(name))
+    send_frame(writer, wire.END_INDEX, b"")
+
+
 async def trickles(asked, writer):
     """Never stalls for long enough to notice, and never gets anywhere."""
     http_head(writer)
     send_frame(writer, 0, good_frame(asked[0]))
-    writer.write(wire.FRAME_HEAD.pack(1, 0, 10_000))
+    writer.write(wire.FRAME_HEAD.pack(1, 0, 0, 10_000))
     while True:
         writer.write(b"x")
         await writer.drain()
@@ -144,6 +182,7 @@ BAD_FETCHES = {
     repeats_itself: "malformed",
     names_a_key_nobody_asked_for: "malformed",
     claims_a_small_frame_of_a_huge_chunk: "malformed",
+    sends_a_bomb: "malformed",
     trickles: "timeout",
 }
 
@@ -295,6 +334,27 @@ async def test_a_peer_that_refuses_is_a_miss_at_once(
             assert next(iter(agent._peers)).is_down
             assert metric(agent, "mcp_agent_peer_up", peer=name) == 0
     assert len([r for r in caplog.records if name in r.getMessage()]) == 1
+
+
+async def test_an_archive_full_of_bombs_is_refused_and_costs_no_memory(tmp_path: Path) -> None:
+    namespace, owner = b"n" * 16, SessionKey("default", "alice")
+    manifest = Manifest(
+        key=owner, namespace=namespace, chains=[NAMES], num_tokens=64, turns=1, created_s=0.0,
+        last_used_s=0.0,
+    )  # fmt: skip
+    writer = ArchiveWriter()
+    pieces = [writer.start(manifest)]
+    for name in NAMES:
+        pieces += writer.add(ArchivedFrame(bomb(name), EXACT))
+    archive = b"".join([*pieces, writer.end()])
+    assert len(archive) < 64 << 10
+    async with running_agent(settings(), tmp_path / "agent.sock") as agent:
+        assert (await call(agent, "GET", "/v1/sessions"))[0] == 200
+        before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        status, answer = await call(agent, "POST", "/v1/sessions/import", data=archive)
+        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+        assert (status, grown_kib < BOMB_BYTES >> 11) == (400, True), answer
+        assert len(agent._context.store) == 0
 
 
 async def test_a_silent_peer_does_not_hide_what_another_has(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def damaged(between: BetweenPeer) -> Handler:
         answer = bytearray(await between.good("fetch", body))
         position = 0
         while True:
-            index, _, size = wire.FRAME_HEAD.unpack_from(answer, position)
+            index, _, _, size = wire.FRAME_HEAD.unpack_from(answer, position)
             position += wire.FRAME_HEAD.size
             if index == wire.END_INDEX:
                 break
@@ -163,7 +163,7 @@ def damaged(between: BetweenPeer) -> Handler:
 
 async def claims_a_terabyte(body: bytes, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
-    writer.write(wire.FRAME_HEAD.pack(0, 0, 1 << 40) + b"x" * 4096)
+    writer.write(wire.FRAME_HEAD.pack(0, 0, 0, 1 << 40) + b"x" * 4096)
     await writer.drain()
     await asyncio.Event().wait()
 

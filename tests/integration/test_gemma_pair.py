@@ -148,6 +148,21 @@ def test_different_salts_share_nothing(pair):
     assert complete(b, prompt, 1, salt="one").params["imported_tokens"] > 0
 
 
+def test_a_tenant_imports_its_own_blocks_and_nobody_elses(pair):
+    a, b = urls(pair)
+    own, others = (f"Tenants, {which}. {research_ship_manual()}" for which in ("own", "others"))
+    for prompt in (own, others):
+        complete(a, prompt, 1, params={"tenant": "acme", "session_id": prompt[:16]})
+    pair["A"].wait_until_stored(others[:16], tenant="acme")
+    assert complete(b, own, 1, params={"tenant": "acme"}).params["imported_tokens"] > 0
+    assert complete(b, others, 1, params={"tenant": "beta"}).params["imported_tokens"] == 0
+    # A's own caches know no tenants: beta's session there is whole from what acme's request stored.
+    complete(a, own, 1, params={"tenant": "beta", "session_id": "second"})
+    acmes = session(pair["A"], "acme", own[:16])
+    betas = wait_for("beta's session", lambda: session(pair["A"], "beta", "second"))
+    assert betas["held_chunks"] == acmes["held_chunks"] > 0
+
+
 def test_a_session_of_impossible_name_does_not_fail_the_request(pair):
     a, _ = urls(pair)
     answer = complete(a, "A name that cannot be.", 2, params={"session_id": ["not", "text"]})

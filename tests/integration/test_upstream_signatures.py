@@ -37,6 +37,7 @@ RELIED_ON = {
     "vllm.v1.core.kv_cache_utils:": ["resolve_none_hash_seed"],
     "vllm.v1.kv_cache_interface:KVCacheTensor": ["__init__"],
     "vllm.v1.kv_offload.base:GPULoadStoreSpec": ["__init__"],
+    "vllm.v1.kv_offload.base:ReqContext": ["__init__"],
     "vllm.v1.kv_offload.base:OffloadingWorker": [
         "get_finished",
         "shutdown",

@@ -136,7 +136,7 @@ async def test_without_security_settings_nobody_needs_a_token(tmp_path):
 
 async def test_each_route_wants_its_scope(tmp_path, issuer):
     wants = {
-        ("GET", "/metrics"): "sessions:read",
+        ("GET", "/metrics"): "admin",
         ("GET", "/v1/peers"): "sessions:read",
         ("GET", "/v1/sessions"): "sessions:read",
         ("GET", ALICE): "sessions:read",

@@ -346,7 +346,7 @@ async def still_serves(path: Path) -> None:
 
 
 REFUSED = {
-    "another protocol": (hello(protocol=2), "protocol 1"),
+    "another protocol": (hello(protocol=1), "protocol 2"),
     "no group": (hello(groups=[]), "group"),
     "a span beyond the chunk": (
         hello(groups=[GroupLayout(((0, CHUNK_BYTES + 1),), "bf16", 64)]),
@@ -452,7 +452,7 @@ async def test_a_peers_request_that_breaks_the_protocol_is_refused(tmp_path: Pat
                     assert response.status == status
         body = wire.encode(wire.FetchRequest(wire.WIRE_VERSION, b"unknown", keys(1, 2)))
         async with http.post(url + "fetch", data=body) as response:
-            assert await response.read() == wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0)
+            assert await response.read() == wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0, 0)
 
 
 async def test_an_agent_does_not_remove_what_is_not_its_socket(tmp_path: Path) -> None:

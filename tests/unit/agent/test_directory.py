@@ -28,7 +28,7 @@ from mcp_vllm.agent.directory_wire import (
     Start,
     Whole,
 )
-from mcp_vllm.agent.wire import WireError
+from mcp_vllm.agent.wire import WIRE_VERSION, WireError
 from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.codec.loss import EXACT, LOSSES, rank
 from mcp_vllm.errors import McpError
@@ -36,6 +36,8 @@ from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
 
 NAMESPACES = (b"a" * 16, b"b" * 16)
 PLENTY = 1_000_000
+# Keys of tenants.
+SEALED = {"acme": "k1", "globex": "k2"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,7 @@ def agent(agent_id: str = "one", store: RamStore | None = None) -> SimpleNamespa
         store=RamStore(1 << 40) if store is None else store,
         fingerprints={},
         config=SimpleNamespace(codec=SimpleNamespace(name="zstd")),
+        sealed_by=lambda name, chunk: SEALED.get(name.tenant, ""),
         codecs=SimpleNamespace(sending_speeds=lambda namespace: {}),
     )
 
@@ -250,6 +253,31 @@ async def test_what_has_lost_detail_is_found_by_those_who_accept_it_only() -> No
     assert not reader.view.find(NAMESPACES[1], hashes, ()).any()
 
 
+async def test_tenants_chunks_are_found_by_their_own_hash_and_by_who_has_the_key() -> None:
+    store, key = RamStore(1 << 40), b"the same key"
+    for tenant in ("acme", "plain"):
+        store.put(ChunkKey(NAMESPACES[0], key, tenant), chunk("balanced"))
+    _, reader = await synced(store)
+
+    def found(tenant: str, *opens: str, lossy: tuple[str, ...] = ("balanced",)) -> bool:
+        hashes = hash_keys([key], tenant)
+        return bool(reader.view.find(NAMESPACES[0], hashes, lossy, opens)[0])
+
+    assert found("plain")
+    assert not found("plain", "k1"), "with a key, what is not sealed is not accepted"
+    assert found("acme", "k0", "k1")
+    assert not found("acme", "k1", lossy=())
+    assert not found("acme")
+    assert not found("acme", "k2")
+    assert not found("globex", "k2")
+    assert not found("default")
+    store.put(ChunkKey(NAMESPACES[0], key, "globex"), chunk())
+    store.discard(ChunkKey(NAMESPACES[0], key, "acme"))
+    await reader.settle()
+    assert found("globex", "k2")
+    assert not found("acme", "k1")
+
+
 async def test_every_follower_is_told_and_none_stays_after_the_end() -> None:
     sender, first = await synced()
     second = Reader(sender)
@@ -300,7 +328,7 @@ def test_what_breaks_the_protocol_is_refused_and_all_is_forgotten(what: str) -> 
     with pytest.raises(error):
         view.apply(messages[-1])
     assert not view.is_whole
-    assert view.follow() == Follow(1)
+    assert view.follow() == Follow(WIRE_VERSION)
     assert not view.find(N, np.zeros(1, dtype=np.uint64), ()).any()
 
 
@@ -346,10 +374,11 @@ def test_changes_that_are_not_merged_count_at_their_price() -> None:
     [
         Changes(1, [Entries(N, [b"123"])]),
         Changes(1, [Entries(N, [], b"123456789")]),
-        Changes(1, [Entries(N, [bytes(8)] * 5)]),
+        Changes(1, [Entries(N, [bytes(8)] * 249)]),
         Slice([Entries(N, [bytes(8 * MAX_HASHES), bytes(8)])]),
         Slice([Entries(bytes(65), [])]),
         About("", {n.to_bytes(2, "big"): {} for n in range(257)}, []),
+        About("", {}, [], tuple(map(str, range(63)))),
     ],
 )
 def test_a_message_beyond_the_bounds_is_refused(message: Message) -> None:

@@ -187,7 +187,8 @@ async def test_a_parked_session_needs_no_memory_and_survives_a_restart(tmp_path)
             assert (known["session_id"], known["parked"]) == ("alice", True)
             status, woken = await call(again, "POST", f"{ALICE}/wake")
             assert (status, woken["parked"], woken["held_chunks"]) == (200, False, 4)
-            assert not list(folder.glob("[!o]*.mcps"))
+            # Memory does not outlive the process: the file goes when the session does.
+            assert len(list(folder.glob("[!o]*.mcps"))) == 1
             with SimulatedEngine(tmp_path / "b.sock") as there:
                 await there.connected()
                 await loads_everything(there, payloads)

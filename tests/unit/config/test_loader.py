@@ -82,7 +82,7 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(
         (
             {"xyzzy": 1},
             '"xyzzy" (known: version, host_cache_bytes, peers, insecure, discovery, agent, '
-            "codec, security)",
+            "codec, tenants, security)",
         ),
         ({1: 1}, '"1" (known: '),
     ],
@@ -105,6 +105,12 @@ def test_a_bad_variable_is_named_as_the_source() -> None:
     assert line.startswith(
         "environment MCP_VLLM_CODEC__LEVEL: codec.level: must be a valid integer"
     )
+
+
+def test_a_bad_item_of_a_list_is_named_with_its_place() -> None:
+    quotas = [{"tenant": "a"}, {"tenant": "b", "ram": 1}]
+    (line,) = faults({"tenants": {"quotas": quotas}})
+    assert line == "given mapping: tenants.quotas[1].ram: unknown key (got 1)"
 
 
 def test_a_bad_flag_is_named_as_the_source() -> None:

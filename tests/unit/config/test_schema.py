@@ -14,6 +14,17 @@ def load(**keys: object) -> Config:
     return Config.load(keys, environ={})
 
 
+def test_a_tenant_has_its_own_quota_or_everybodys() -> None:
+    quotas = [{"tenant": "acme", "ram_bytes": "4GiB"}, {"tenant": "free"}]
+    tenants = load(tenants={"ram_bytes": "1GiB", "sessions": 7, "quotas": quotas}).tenants
+    assert [tenants.ram_bytes_of(each) for each in ("acme", "free", "x")] == [4 << 30, 0, 1 << 30]
+    assert [tenants.sessions_of(each) for each in ("acme", "free", "x")] == [0, 0, 7]
+    with pytest.raises(ConfigError, match="listed twice"):
+        load(tenants={"quotas": [{"tenant": "a"}, {"tenant": "a"}]})
+    with pytest.raises(ConfigError, match="tenant"):
+        load(tenants={"quotas": [{"ram_bytes": 1}]})
+
+
 def test_defaults_are_those_of_one_host() -> None:
     config = load()
     assert config == Config()

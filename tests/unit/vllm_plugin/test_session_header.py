@@ -71,7 +71,6 @@ async def test_a_body_in_parts_is_put_together_and_what_follows_passes_through()
         {"headers": SESSION, "path": "/v1/models"},
         {"headers": SESSION, "method": "GET"},
         {"headers": SESSION, "kind": "websocket"},
-        {"headers": [(b"x-tenant-id", b"acme")]},
     ],
 )
 async def test_every_other_request_passes_untouched(case: dict[str, Any]) -> None:
@@ -104,10 +103,18 @@ def test_a_body_that_is_no_request_or_names_a_session_stays_as_it_is(body: bytes
     assert add_session(body, {"session_id": "alice"}) == body
 
 
-def test_other_transfer_parameters_are_kept_and_win() -> None:
-    body = json.dumps({"kv_transfer_params": {"tenant": "mine", "x": 1}}).encode()
+async def test_a_tenant_without_a_session_is_named_too() -> None:
+    _, received = await through([request(b"{}")], [(b"x-tenant-id", b"acme")])
+    assert json.loads(received[0]["body"]) == {"kv_transfer_params": {"tenant": "acme"}}
+
+
+def test_other_transfer_parameters_are_kept_and_the_headers_tenant_wins() -> None:
+    body = json.dumps(
+        {"kv_transfer_params": {"tenant": "mine", "x": 1, "session_id": "bob"}}
+    ).encode()
     changed = json.loads(add_session(body, {"session_id": "alice", "tenant": "header's"}))
-    assert changed["kv_transfer_params"] == {"session_id": "alice", "tenant": "mine", "x": 1}
+    params = {"session_id": "bob", "tenant": "header's", "x": 1}
+    assert changed["kv_transfer_params"] == params
     body = b'{"kv_transfer_params": null}'
     changed = json.loads(add_session(body, {"session_id": "alice"}))
     assert changed["kv_transfer_params"] == {"session_id": "alice"}
