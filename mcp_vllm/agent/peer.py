@@ -19,6 +19,7 @@ from yarl import URL
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.breaker import Breaker
+from mcp_vllm.agent.link_meter import LinkMeter
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.transfer_plan import TransferPlan
@@ -139,6 +140,7 @@ class Peer:
             if len(present) != len(keys):
                 raise WireError("malformed", "the answer does not fit the question")
             self.plan.learn_sender(reply.stored_codec, reply.send_bytes_s)
+            self.plan.learn_prefill(fingerprint.digest, reply.prefill)
         except asyncio.CancelledError:
             self.note_failure("timeout", "no answer to a lookup within the deadline")
             raise
@@ -193,9 +195,7 @@ class Peer:
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
                     loss = self._accepted_loss(loss_rank, wanted.reader.lossy)
-                    begun_s = time.perf_counter()
-                    frame = await self._read(response, size)
-                    self.plan.meter.note_payload(size, time.perf_counter() - begun_s)
+                    frame = await self._read(response, size, self.plan.meter)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
                     yield FetchedFrame(index, frame, loss, wanted.reader.tenants[tenant])
         except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
@@ -315,12 +315,22 @@ class Peer:
                 raise WireError("oversized", "an answer larger than any answer may be")
         return bytes(body)
 
-    async def _read(self, response: aiohttp.ClientResponse, size: int) -> bytes:
-        """Exactly `size` bytes of the body; TimeoutError when none comes for `stall_s`."""
+    async def _read(
+        self, response: aiohttp.ClientResponse, size: int, meter: LinkMeter | None = None
+    ) -> bytes:
+        """Exactly `size` bytes of the body; TimeoutError when none comes for `stall_s`.
+
+        `meter` is told of each part as it comes, and of the wait for one that does not.
+        """
         received = bytearray()
         while len(received) < size:
-            async with asyncio.timeout(self._stall_s):
-                part = await response.content.read(size - len(received))
+            part, begun_s = b"", time.perf_counter()
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    part = await response.content.read(size - len(received))
+            finally:
+                if meter is not None:
+                    meter.note_payload(len(part), time.perf_counter() - begun_s)
             if not part:
                 raise WireError("closed", "the stream was cut off")
             received += part
