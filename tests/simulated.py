@@ -250,6 +250,13 @@ class SimulatedEngine:
         self.link.send(protocol.Lookup(lookup_id, request_id, list(names), tenant, whole))
         return list((await self.event(Found, lookup_id)).present)
 
+    async def finds(self, request_id: str, names: Sequence[bytes], tenant: str = "default") -> None:
+        """Look up until all of them are found: what a peer has is known a moment later."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while (found := await self.lookup(request_id, names, tenant)) != [1] * len(names):
+            assert time.monotonic() < deadline_s, f"found {found}"
+            await asyncio.sleep(0.02)
+
     async def load(
         self,
         request_id: str,
