@@ -28,6 +28,7 @@ from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
 from mcp_vllm.link.client import AgentLink, LinkDeadlines
 from mcp_vllm.link.events import Found, JobDone
+from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.link.shared_memory import create_memory, map_rows, reopen_read_only
 from mcp_vllm.session.fingerprint import Fingerprint
@@ -182,15 +183,16 @@ class SimulatedEngine:
         fields: dict[str, str] = FIELDS,
         groups: Sequence[GroupLayout] = GROUPS,
         num_chunks: int = 32,
+        chunk_bytes: int = CHUNK_BYTES,
         deadlines: LinkDeadlines = DEADLINES,
         before_connect: Callable[[], None] = lambda: None,
     ) -> None:
-        self._fd = create_memory("host", num_chunks * CHUNK_BYTES)
-        self._mapped = map_rows(self._fd, num_chunks, CHUNK_BYTES, writable=True)
+        self._fd = create_memory("host", num_chunks * chunk_bytes)
+        self._mapped = map_rows(self._fd, num_chunks, chunk_bytes, writable=True)
         self.rows = self._mapped.rows
         self._read_fd = reopen_read_only(self._fd)
         self.hello = protocol.Hello(
-            protocol.PROTOCOL_VERSION, "sim", os.getpid(), fields, CHUNK_BYTES, num_chunks,
+            protocol.PROTOCOL_VERSION, "sim", os.getpid(), fields, chunk_bytes, num_chunks,
             list(groups),
         )  # fmt: skip
         self.link = AgentLink(
@@ -247,7 +249,7 @@ class SimulatedEngine:
         return found[0]
 
     def fill(self, chunk_id: int, number: int) -> None:
-        self.rows[chunk_id] = pattern(number, CHUNK_BYTES)
+        self.rows[chunk_id] = pattern(number, self.rows.shape[1])
 
     async def store(
         self,
@@ -266,16 +268,28 @@ class SimulatedEngine:
         session_id: str | None = None,
         tenant: str = "default",
         salted: bool = False,
+        prefill: PrefillCost | None = None,
     ) -> None:
-        self.link.send(protocol.Prepare(request_id, tenant, session_id, salted))
+        self.link.send(protocol.Prepare(request_id, tenant, session_id, salted, prefill))
 
     async def lookup(
-        self, request_id: str, names: Sequence[bytes], tenant: str = "default"
+        self,
+        request_id: str,
+        names: Sequence[bytes],
+        tenant: str = "default",
+        whole: bool = False,
     ) -> list[int]:
         await told()
         lookup_id = self.new_id()
-        self.link.send(protocol.Lookup(lookup_id, request_id, list(names), tenant))
+        self.link.send(protocol.Lookup(lookup_id, request_id, list(names), tenant, whole))
         return list((await self.event(Found, lookup_id)).present)
+
+    async def finds(self, request_id: str, names: Sequence[bytes], tenant: str = "default") -> None:
+        """Look up until all of them are found: what a peer has is known a moment later."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while (found := await self.lookup(request_id, names, tenant)) != [1] * len(names):
+            assert time.monotonic() < deadline_s, f"found {found}"
+            await asyncio.sleep(0.02)
 
     async def load(
         self,
@@ -283,9 +297,10 @@ class SimulatedEngine:
         names: Sequence[bytes],
         chunk_ids: Sequence[int],
         tenant: str = "default",
+        ends: Sequence[int] = (),
     ) -> JobDone:
         job_id = self.new_id()
-        load = protocol.Load(job_id, request_id, list(names), tenant)
+        load = protocol.Load(job_id, request_id, list(names), tenant, list(ends))
         self.link.load(load, list(chunk_ids))
         return await self.event(JobDone, job_id)
 

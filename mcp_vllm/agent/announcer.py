@@ -25,6 +25,7 @@ from mcp_vllm.agent.directory_wire import (
     Whole,
 )
 from mcp_vllm.codec.loss import rank
+from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.store.ram import ChunkKey
 
 # After a message the next changes are collected for so long.
@@ -32,6 +33,7 @@ BATCH_S = 0.01
 LOG_BYTES = 1 << 20
 # Of fingerprints in one message, names and UTF-8 on top: well below the bound of a message.
 ABOUT_CHARS = 128 << 10
+PREFILLS_S = 2.0
 # In the place of a kind.
 GONE = -1
 
@@ -50,6 +52,8 @@ class Announcer:
         self._chunks: dict[bytes, ChunkSet] = {}
         # What frames are or were sealed with, by place.
         self._seals: dict[str, int] = {"": 0}
+        self._prefills: dict[bytes, PrefillCost] = {}
+        self._prefills_due_s = 0.0
         self._pending: dict[ChunkKey, None] = {}
         self._timer: asyncio.Handle | None = None
         self._sent_s = 0.0
@@ -197,7 +201,10 @@ class Announcer:
         fields = [dict(each.fields) for each in known[-wire.MAX_FINGERPRINTS :]]
         while sum(len(text) for each in fields for text in each.values()) > ABOUT_CHARS:
             del fields[0]
-        return About(context.config.codec.name, speeds, fields, tuple(self._seals))
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._prefills_due_s:  # they change with every request
+            self._prefills, self._prefills_due_s = dict(context.prefills), now_s + PREFILLS_S
+        return About(context.config.codec.name, speeds, fields, tuple(self._seals), self._prefills)
 
 
 async def _happens(event: asyncio.Event, within_s: float) -> bool:

@@ -13,10 +13,12 @@ from typing import TypeVar
 
 from mcp_vllm.agent.codecs import AgentCodecs
 from mcp_vllm.agent.flights import Flights
+from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.agent.pins import SessionPins
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
+from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.security.seals import Seals, key_id_of
 from mcp_vllm.session.fingerprint import Fingerprint
@@ -72,6 +74,9 @@ class AgentContext:
         self.flights = Flights()
         self.pins = SessionPins(self.store, self.names_of)
         self.fingerprints: dict[bytes, Fingerprint] = {}
+        # What computing costs this host's engines, by namespace, as they measured it.
+        self.prefills: dict[bytes, PrefillCost] = {}
+        self.store_record = LoadRecord()
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads
         self.codecs = AgentCodecs(config.codec, threads, cache_root())
@@ -122,6 +127,7 @@ class AgentContext:
             oldest = next(iter(self.fingerprints))
             del self.fingerprints[oldest]
             self.codecs.forget_engine(oldest)
+            self.prefills.pop(oldest, None)
         return fingerprint.digest
 
     def close(self) -> None:

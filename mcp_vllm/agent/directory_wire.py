@@ -33,6 +33,7 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.chunk_set import HASH_BYTES, Hashes
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.codec.loss import LOSSES
+from mcp_vllm.link.prefill import PrefillCost
 
 LENGTH: Final = struct.Struct(">I")
 MAX_MESSAGE_BYTES: Final = 1 << 20
@@ -66,6 +67,7 @@ class About(msgspec.Struct, tag="about", array_like=True):
 
     Attributes:
         send_bytes_s: by namespace of the engines known there.
+        prefills: what computing costs those engines, where that was measured.
         seals: ids of keys that frames there are sealed with; the first is empty: not sealed. It
             only grows.
     """
@@ -74,6 +76,7 @@ class About(msgspec.Struct, tag="about", array_like=True):
     send_bytes_s: dict[bytes, dict[str, float]]
     fingerprints: list[dict[str, str]]
     seals: tuple[str, ...] = ("",)
+    prefills: dict[bytes, PrefillCost] = {}
 
 
 class Entries(msgspec.Struct, array_like=True):
@@ -130,7 +133,8 @@ def unpack(body: bytes) -> Message:
         for each in message.entries:
             _check(each)
     elif isinstance(message, About) and (
-        len(message.send_bytes_s) > MAX_NAMESPACES or len(message.seals) > MAX_SEALS
+        max(len(message.send_bytes_s), len(message.prefills)) > MAX_NAMESPACES
+        or len(message.seals) > MAX_SEALS
     ):
         raise WireError("malformed", "more namespaces or keys than an agent has")
     return message

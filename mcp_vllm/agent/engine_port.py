@@ -19,6 +19,7 @@ from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.inventory import InventoryFeed
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load import LoadJob
+from mcp_vllm.agent.load_decisions import LoadDecisions
 from mcp_vllm.agent.peer import Peer
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.reader import Reader
@@ -50,13 +51,15 @@ MAX_POSITION = 1 << 20
 
 @dataclass
 class _Request:
-    """`lossy` names the tiers that it accepts; `loss` is the worst that it was given."""
+    """`lossy` names the tiers that it accepts; `loss` is the worst that it was given. `decided`:
+    its whole context was looked up, and judged."""
 
     tenant: str
     session: SessionKey | None
     holders: dict[bytes, list[Peer]]
     lossy: tuple[str, ...]
     loss: str = EXACT
+    decided: bool = False
 
 
 def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
@@ -145,6 +148,7 @@ class EnginePort:
         self._context, self._peers, self._encoder = context, peers, encoder
         self._fingerprint = Fingerprint(self.hello.fingerprint)
         self._namespace = context.learn_engine(self._fingerprint, self.hello.groups)
+        self._decisions = LoadDecisions(context, self._namespace, self.hello.groups)
         reader, self._writer = await asyncio.open_connection(sock=sock)
         feed = InventoryFeed(
             context.store,
@@ -197,6 +201,8 @@ class EnginePort:
                 self._start(self._lookup(message))
             case protocol.Load():
                 self._check_keys(message.keys)
+                if message.ends and len(message.ends) != len(message.keys):
+                    raise LinkError(f"{len(message.keys)} keys for {len(message.ends)} ends")
                 self._start(self._load(message))
             case protocol.Release():
                 self._slots.release(message.slots)
@@ -251,6 +257,7 @@ class EnginePort:
         session = message.session_id and SessionKey(message.tenant, message.session_id)
         if message.request_id not in self._requests:
             self._context.activity.begin()
+        self._decisions.learn(message.prefill)
         lossy = self._context.config.codec.lossy_for(message.tenant, message.salted)
         self._requests[message.request_id] = _Request(message.tenant, session or None, {}, lossy)
 
@@ -271,6 +278,8 @@ class EnginePort:
             )
             absent = [key for key, has in zip(message.keys, present, strict=True) if not has]
             context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
+            if request is not None:
+                request.decided |= message.whole
             if absent and len(self._peers) and request is not None:
                 deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
                 groups = self.hello.groups
@@ -285,20 +294,34 @@ class EnginePort:
                 context.metrics.lookup_keys.labels("miss").inc(len(absent) - len(holders))
             else:
                 context.metrics.lookup_keys.labels("miss").inc(len(absent))
+            if request is not None:
+                self._decide(message, request, present)
         await self._send(protocol.Found(message.lookup_id, bytes(present)))
+
+    def _decide(self, message: protocol.Lookup, request: _Request, present: bytearray) -> None:
+        """Hide from the engine what it computes sooner than it is loaded."""
+        reader = self._reader(message.tenant, request)
+        decision = self._decisions.decide(message, request.holders, reader)
+        if decision is not None and decision.choice != "load":
+            self._decisions.hide(message, decision, present)
 
     async def _load(self, message: protocol.Load) -> None:
         request = self._requests.get(message.request_id)
+        holders = dict(request.holders) if request else {}
+        reader = self._reader(message.tenant, request)
+        decided = request is not None and request.decided
         job = LoadJob(
             context=self._context,
             slots=self._slots,
             namespace=self._namespace,
             job_id=message.job_id,
             keys=message.keys,
+            ends=message.ends,
             groups=self.hello.groups,
-            holders=dict(request.holders) if request else {},
-            reader=self._reader(message.tenant, request),
+            holders=holders,
+            reader=reader,
             send=self._send,
+            watch=self._decisions.watch(message, holders, reader, decided),
         )
         await job.run(self._context.config.agent.load_ms / 1000)
         if request is not None:
@@ -349,6 +372,7 @@ class EnginePort:
         self._encoder.notify()
 
     def _finish(self, message: protocol.Finish) -> None:
+        self._decisions.learn(message.prefill)
         request = self._requests.pop(message.request_id, None)
         if request is None:
             return

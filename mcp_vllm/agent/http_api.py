@@ -144,6 +144,7 @@ class HttpApi:
             present,
             stored_codec=context.config.codec.name,
             send_bytes_s=context.codecs.sending_speeds(asked.namespace),
+            prefill=context.prefills.get(asked.namespace),
         )
         return _packed(reply)
 
@@ -151,14 +152,19 @@ class HttpApi:
         asked = wire.decode(wire.FetchRequest, await request.read())
         wire.check_keys(asked)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
-        await response.prepare(request)
         reader = Reader(asked.tenants, asked.lossy)
         store = self._context.store
         names = [reader.held(store, asked.namespace, key) for key in asked.keys]
-        store.touch(filter(None, names))
-        await self._send_frames(response, names, asked)
-        await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0, 0))
-        await response.write_eof()
+        try:
+            await response.prepare(request)
+            store.touch(filter(None, names))
+            await self._send_frames(response, names, asked)
+            await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0, 0))
+            await response.write_eof()
+        except ConnectionError as error:  # peers give up loads that do not pay: no fault
+            logger.debug("a transfer to %s was cut off: %s", request.remote, error)
+            if request.transport is not None:
+                request.transport.abort()
         return response
 
     async def _send_frames(

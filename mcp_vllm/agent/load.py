@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,13 +19,14 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
+from mcp_vllm.agent.load_watch import LoadWatch
 from mcp_vllm.agent.nearest import next_errand
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.received import check_received, check_sealed
 from mcp_vllm.codec import ChecksumError, CodecError, decode_frame_into
 from mcp_vllm.codec.loss import EXACT
-from mcp_vllm.link.protocol import GroupLayout, Landed, Loaded, group_index
+from mcp_vllm.link.protocol import SLOWER, GroupLayout, Landed, Loaded, group_index
 from mcp_vllm.security.seals import SealError
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
@@ -55,10 +56,12 @@ class LoadJob:
 
     Args:
         keys: what to bring.
+        ends: of each, the tokens of the context up to its end; empty if not known.
         groups: chunk layouts of the engine, by group index.
         holders: peers that said they have a key, the nearest first.
         reader: on whose behalf.
         send: sends a message to the engine.
+        watch: ends the load when computing is quicker; None: never.
     """
 
     context: AgentContext
@@ -66,10 +69,12 @@ class LoadJob:
     namespace: bytes
     job_id: int
     keys: Sequence[bytes]
+    ends: Sequence[int]
     groups: Sequence[GroupLayout]
     holders: Holders
     reader: Reader
     send: Callable[[Landed | Loaded], Awaitable[None]]
+    watch: LoadWatch | None = None
     losses: dict[int, str] = field(default_factory=dict)
     _missing: set[int] = field(default_factory=set)
     _causes: dict[str, None] = field(default_factory=dict)
@@ -82,20 +87,20 @@ class LoadJob:
         """Do it; sends Loaded in the end, whatever happened."""
         self._missing = set(range(len(self.keys)))
         try:
-            async with asyncio.timeout(deadline_s):
-                with self.context.metrics.load_seconds.time():
-                    await self._from_store()
-                    await self._from_peers()
+            async with asyncio.timeout(deadline_s) as timeout:
+                if self.watch is None or self.watch.worth_beginning():
+                    with self.context.metrics.load_seconds.time(), self._watched(timeout):
+                        await self._from_store()
+                        await self._from_peers()
         except TimeoutError:
-            self._causes["timeout"] = None
-            if self._asked is not None:
-                detail = f"a load took longer than {deadline_s:g} s"
-                self._asked.note_failure("timeout", detail, fetching=True)
+            self._out_of_time(deadline_s)
         except Exception as error:
             if isinstance(error, ExceptionGroup) and error.subgroup(ConnectionError):
                 raise ConnectionError("the engine went away") from error
             self._causes["internal"] = None
             logger.exception("a load failed")
+        if self.watch is not None and self.watch.gave_up:
+            self._causes = {SLOWER: None, **self._causes}
         # Parents are younger than their children again, whatever order they came in.
         self.context.store.touch(filter(None, map(self._held_name, range(len(self.keys)))))
         self._report()
@@ -111,8 +116,34 @@ class LoadJob:
             )
         )
 
+    def _out_of_time(self, deadline_s: float) -> None:
+        """The load was ended: at its deadline, or by its watch."""
+        gave_up = self.watch is not None and self.watch.gave_up
+        if not gave_up:
+            self._causes["timeout"] = None
+        if self._asked is None:
+            return
+        if not gave_up:
+            detail = f"a load took longer than {deadline_s:g} s"
+        elif self.watch is not None and self.watch.brought_nothing(self._asked):
+            detail = "nothing came while computing would have been quicker"
+        else:
+            return  # it is slow, which its meter knows
+        self._asked.note_failure("timeout", detail, fetching=True)
+
+    @contextlib.contextmanager
+    def _watched(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        if self.watch is None:
+            yield
+            return
+        self.watch.start(timeout)
+        try:
+            yield
+        finally:
+            self.watch.finish(len(self._missing))
+
     async def _from_store(self) -> None:
-        names = {index: self._held_name(index) for index in sorted(self._missing)}
+        names = {index: self._held_name(index) for index in self._in_order()}
         self.context.store.touch(filter(None, names.values()))
         async with asyncio.TaskGroup() as tasks:
             for index, name in names.items():
@@ -123,7 +154,7 @@ class LoadJob:
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
         while self._missing:
-            errand = next_errand(sorted(self._missing), self._holders_of, tried)
+            errand = next_errand(self._in_order(), self._holders_of, tried)
             if errand is None:
                 self._causes.setdefault("gone")
                 return
@@ -135,6 +166,11 @@ class LoadJob:
                     await self._fetch(errand.peer, [wanted[name] for name in claimed])
                     self._asked = None
             await self._from_other_flights([name for name in wanted if name not in claimed])
+
+    def _in_order(self) -> list[int]:
+        """What is missing, from the beginning of the context: if the rest does not come, what has
+        come is a prefix."""
+        return sorted(self._missing, key=lambda i: (self.ends[i] if self.ends else 0, i))
 
     async def _from_other_flights(self, names: Sequence[ChunkKey]) -> None:
         """Take what other loads were fetching, when they have it; what failed stays missing."""
@@ -251,6 +287,8 @@ class LoadJob:
         await self.send(Landed(self.job_id, [(index, slot)]))
         self._missing.discard(index)
         self._raw_bytes += size
+        if self.watch is not None:
+            self.watch.landed(index)
 
     def _release_after(self, done: asyncio.Future[None], slot: int) -> None:
         if not done.cancelled():

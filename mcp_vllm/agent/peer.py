@@ -163,6 +163,7 @@ class Peer:
             return ()
         about = directory.about
         self.plan.learn_sender(about.stored_codec, about.send_bytes_s.get(namespace, {}))
+        self.plan.learn_prefill(namespace, about.prefills.get(namespace))
         indices: list[int] = found.tolist()
         return indices
 
@@ -192,6 +193,7 @@ class Peer:
             if len(present) != len(keys):
                 raise WireError("malformed", "the answer does not fit the question")
             self.plan.learn_sender(reply.stored_codec, reply.send_bytes_s)
+            self.plan.learn_prefill(fingerprint.digest, reply.prefill)
         except asyncio.CancelledError:
             self.note_failure("timeout", "no answer to a lookup within the deadline")
             raise
@@ -247,9 +249,7 @@ class Peer:
                     if size > max_frame_bytes[index]:
                         raise WireError("oversized", f"a frame of {size} bytes for key {index}")
                     loss = self._accepted_loss(loss_rank, wanted.reader.lossy)
-                    begun_s = time.perf_counter()
-                    frame = await self._http.read(response, size)
-                    self.plan.meter.note_payload(size, time.perf_counter() - begun_s)
+                    frame = await self._http.read(response, size, self.plan.meter)
                     self._metrics.wire_received_bytes.labels(self.name).inc(len(head) + size)
                     yield FetchedFrame(index, frame, loss, wanted.reader.tenants[tenant])
         except FAULTS as error:

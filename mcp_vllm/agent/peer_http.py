@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +13,7 @@ import msgspec
 from yarl import URL
 
 from mcp_vllm.agent import wire
+from mcp_vllm.agent.link_meter import LinkMeter
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.wire import WireError
 from mcp_vllm.session.manifest import SessionKey
@@ -68,12 +70,22 @@ class PeerHttp:
                 raise WireError("oversized", "an answer larger than any answer may be")
         return bytes(body)
 
-    async def read(self, response: aiohttp.ClientResponse, size: int) -> bytes:
-        """Exactly `size` bytes of the body; TimeoutError when none comes for `stall_s`."""
+    async def read(
+        self, response: aiohttp.ClientResponse, size: int, meter: LinkMeter | None = None
+    ) -> bytes:
+        """Exactly `size` bytes of the body; TimeoutError when none comes for `stall_s`.
+
+        `meter` is told of each part as it comes, and of the wait for one that does not.
+        """
         received = bytearray()
         while len(received) < size:
-            async with asyncio.timeout(self._stall_s):
-                part = await response.content.read(size - len(received))
+            part, begun_s = b"", time.perf_counter()
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    part = await response.content.read(size - len(received))
+            finally:
+                if meter is not None:
+                    meter.note_payload(len(part), time.perf_counter() - begun_s)
             if not part:
                 raise WireError("closed", "the stream was cut off")
             received += part

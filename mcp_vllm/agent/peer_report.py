@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.agent.peer import Peer
 from mcp_vllm.codec.speeds import Speed
 
@@ -17,6 +18,25 @@ class BreakEvenReport(msgspec.Struct):
     mb_s: float
     below: str
     above: str
+
+
+class LoadsReport(msgspec.Struct):
+    """What became of the contexts that could be loaded from one place.
+
+    Attributes:
+        loaded, partial, recomputed: how often each was chosen.
+        given_up: loads that were ended because computing was quicker.
+        predicted_actual: predicted over actual duration, the median of the latest loads from there
+            alone; None before the first.
+        saved_s: against computing, as measured; negative when the loads lost.
+    """
+
+    loaded: int
+    partial: int
+    recomputed: int
+    given_up: int
+    predicted_actual: float | None
+    saved_s: float
 
 
 class PeerReport(msgspec.Struct):
@@ -38,6 +58,7 @@ class PeerReport(msgspec.Struct):
     mb_s: float | None
     codec: str
     break_evens: list[BreakEvenReport]
+    loads: LoadsReport
     directory: str = ""
     chunks: int = 0
 
@@ -53,10 +74,18 @@ class CodecReport(msgspec.Struct):
 
 
 class PeersReport(msgspec.Struct):
-    """The peers, and the codecs that this agent can use for its latest engine."""
+    """The peers, and the codecs that this agent can use for its latest engine.
+
+    Attributes:
+        store: loads from this agent's own store.
+        prefill_tokens_s: of a prompt of 4,096 tokens by the latest engine, as it measured; None
+            before that.
+    """
 
     peers: list[PeerReport]
     codecs: list[CodecReport]
+    store: LoadsReport
+    prefill_tokens_s: float | None = None
 
 
 def report(peers: Iterable[Peer], context: AgentContext) -> PeersReport:
@@ -71,7 +100,25 @@ def report(peers: Iterable[Peer], context: AgentContext) -> PeersReport:
         )
         for name, speed in speeds.items()
     ]
-    return PeersReport([_report_one(peer, context, speeds) for peer in peers], codecs)
+    prefill = context.prefills.get(namespace)
+    return PeersReport(
+        [_report_one(peer, context, speeds) for peer in peers],
+        codecs,
+        _report_loads(context.store_record),
+        round(prefill.tokens_s, 1) if prefill else None,
+    )
+
+
+def _report_loads(record: LoadRecord) -> LoadsReport:
+    accuracy = record.accuracy
+    return LoadsReport(
+        loaded=record.choices["load"],
+        partial=record.choices["partial"],
+        recomputed=record.choices["recompute"],
+        given_up=record.given_up,
+        predicted_actual=None if accuracy is None else round(accuracy, 3),
+        saved_s=round(record.saved_s, 3),
+    )
 
 
 def _report_one(peer: Peer, context: AgentContext, speeds: Mapping[str, Speed]) -> PeerReport:
@@ -91,4 +138,5 @@ def _report_one(peer: Peer, context: AgentContext, speeds: Mapping[str, Speed]) 
         ],
         directory=peer.following,
         chunks=peer.directory.num_chunks,
+        loads=_report_loads(plan.record),
     )

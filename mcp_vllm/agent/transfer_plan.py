@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from mcp_vllm.agent.link_meter import LinkMeter
+from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.codec.chooser import BreakEven, CodecChooser, CodecCost, break_evens
 from mcp_vllm.codec.speeds import Speed
+from mcp_vllm.link.prefill import PrefillCost
 
 # A request brings what the link carries in this time: the codec follows a link that changes.
 REQUEST_S = 0.3
@@ -17,6 +19,9 @@ RATIO_WEIGHT = 0.2
 # What the break-even bandwidths are told for: a context of middling size.
 TYPICAL_BYTES, TYPICAL_CHUNKS = 64 << 20, 256
 HIGHEST_BYTES_S = 1e12
+# What frames are taken for while the sender has not said how it codes.
+UNKNOWN_CODEC = CodecCost(ratio=1.4, encode_bytes_s=math.inf, decode_bytes_s=300e6)
+MAX_PREFILLS = 64
 
 
 class TransferPlan:
@@ -25,14 +30,17 @@ class TransferPlan:
     Attributes:
         meter: of the link, fed by the transfers.
         codec: what was chosen last; empty while the holder chooses.
+        record: of the loads from it.
     """
 
     def __init__(self) -> None:
         self.meter = LinkMeter()
+        self.record = LoadRecord()
         self._chooser = CodecChooser()
         self._stored_codec = ""
         self._send_bytes_s: dict[str, float] = {}
         self._ratios: dict[str, float] = {}
+        self._prefills: dict[bytes, PrefillCost] = {}
 
     @property
     def codec(self) -> str:
@@ -44,6 +52,29 @@ class TransferPlan:
         self._send_bytes_s = {
             name: rate for name, rate in send_bytes_s.items() if 0 < rate <= HIGHEST_BYTES_S
         }
+
+    def learn_prefill(self, namespace: bytes, prefill: PrefillCost | None) -> None:
+        """What computing costs an engine of that kind there, as the peer says."""
+        if prefill is None or not prefill.is_sound:
+            return
+        self._prefills.pop(namespace, None)
+        self._prefills[namespace] = prefill
+        while len(self._prefills) > MAX_PREFILLS:
+            del self._prefills[next(iter(self._prefills))]
+
+    def prefill_of(self, namespace: bytes) -> PrefillCost | None:
+        return self._prefills.get(namespace)
+
+    def seconds(self, raw_bytes: int, num_chunks: int, costs: Mapping[str, CodecCost]) -> float:
+        """How long a transfer of chunks of that size together takes, in the best of `costs`.
+
+        It travels in requests of `REQUEST_S`, each of which waits for its first byte.
+        """
+        link = self.meter.expected
+        candidates = costs.values() or (UNKNOWN_CODEC,)
+        once_s = min(cost.seconds(raw_bytes, num_chunks, link) for cost in candidates)
+        num_requests = max(1, math.ceil((once_s - link.latency_s) / REQUEST_S))
+        return once_s + (min(num_requests, num_chunks) - 1) * link.latency_s
 
     def learn_ratio(self, codec: str, ratio: float) -> None:
         """A frame of that codec had this ratio of raw to encoded bytes."""

@@ -25,6 +25,7 @@ import msgspec
 
 from mcp_vllm.codec.loss import LOSSY_TIERS
 from mcp_vllm.errors import McpError
+from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.link.protocol import MAX_MESSAGE_BYTES
 from mcp_vllm.session.manifest import DEFAULT_TENANT
 
@@ -72,12 +73,14 @@ class LookupReply(msgspec.Struct):
     Attributes:
         stored_codec: of frames that are ready to be sent.
         send_bytes_s: codec -> raw bytes a second at which stored frames become frames of it.
+        prefill: what computing costs an engine of that namespace there, where that was measured.
     """
 
     present: bytes
     fingerprints: list[dict[str, str]] = []
     stored_codec: str = ""
     send_bytes_s: dict[str, float] = {}
+    prefill: PrefillCost | None = None
 
 
 class FetchRequest(msgspec.Struct):

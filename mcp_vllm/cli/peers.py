@@ -42,7 +42,8 @@ def peers(
     cert: CertificateFile = None,
     key: KeyFile = None,
 ) -> None:
-    """Ask the agent for its peers: up or not, the link as measured, the codec, the break-evens.
+    """Ask the agent for its peers: up or not, the link as measured, the codec, the break-evens,
+    and whether loading from them paid.
 
     Where none are given, the certificate and the token are those of the settings.
     """
@@ -64,7 +65,12 @@ def peers(
     if as_json:
         typer.echo(body.decode())
     else:
-        Console().print(_table(report.peers) if report.peers else f"agent {name} has no peers")
+        console = Console()
+        console.print(_table(report.peers) if report.peers else f"agent {name} has no peers")
+        console.print(_loads_table(report))
+        speed = report.prefill_tokens_s
+        computed = "not measured" if speed is None else f"{speed:,.0f} tokens a second"
+        console.print(f"the engine computes a prompt at: {computed}")
 
 
 def _get(using: Credentials, name: str) -> bytes:
@@ -113,6 +119,26 @@ def _table(reports: list[PeerReport]) -> Table:
             _figure(peer.mb_s),
             peer.codec or "as stored there",
             _break_evens(peer),
+        )
+    return table
+
+
+def _loads_table(report: PeersReport) -> Table:
+    table = Table(title="Contexts found")
+    titles = ("at", "loaded", "in part", "computed", "given up", "predicted/actual", "saved s")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    rows = [(peer.name, peer.loads) for peer in report.peers]
+    for name, loads in [*rows, ("own store", report.store)]:
+        accuracy = loads.predicted_actual
+        table.add_row(
+            escape(name),
+            str(loads.loaded),
+            str(loads.partial),
+            str(loads.recomputed),
+            str(loads.given_up),
+            "not measured" if accuracy is None else f"{accuracy:.2f}",
+            f"{loads.saved_s:,.1f}",
         )
     return table
 

@@ -120,6 +120,10 @@ class AgentConfig(_Section):
     load_ms: int = Field(default=10_000, ge=10, le=3_600_000)
     """How long a whole load may take before the request is recomputed instead."""
 
+    load_policy: Literal["faster", "always"] = "faster"
+    """Blocks that were found are loaded where that is `faster` than computing them, as measured, or
+    `always`: to spare the engine's processor."""
+
 
 class CodecConfig(_Section):
     """How blocks are compressed, in the store and on the wire."""

@@ -27,8 +27,9 @@ START_DEADLINE_S = 600.0
 STORED_DEADLINE_S = 60.0
 # An engine offers the blocks of a request within a few steps of its end.
 SETTLED_S = 0.5
-# Both hosts share one machine's cores: a lookup may wait longer here than between two machines.
-SHARED_CORES = {"agent": {"lookup_ms": 1000, "stall_ms": 5000}}
+# Both hosts share one machine's cores: a lookup may wait longer here than between two machines, and
+# what loads and prompts take together says nothing about two.
+SHARED_CORES = {"agent": {"lookup_ms": 1000, "stall_ms": 5000, "load_policy": "always"}}
 
 
 @dataclass

@@ -15,7 +15,7 @@ Life cycle::
                                      <---  Welcome + fd of the landing slots   (or Refused)
                                      <---  Inventory(what the agent's store has), and every change
       Prepare(request)               --->                a request was added, with its session
-      Lookup(request, keys)          --->                which of these can be loaded?
+      Lookup(request, keys)          --->                which of these are worth loading?
                                      <---  Found(lookup, one flag a key)
       Load(job, keys)                --->                bring these chunks
                                      <---  Landed(job, slots), any number of times
@@ -43,13 +43,14 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from mcp_vllm.codec import ChunkLayout, CodecError, KVLayout, planes
 from mcp_vllm.codec.loss import EXACT
 from mcp_vllm.errors import McpError
+from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.session.manifest import DEFAULT_TENANT
 
 PROTOCOL_VERSION: Final = 2
@@ -59,6 +60,10 @@ MAX_PAGES: Final = 1 << 16
 LENGTH: Final = struct.Struct(">I")
 
 Key = bytes
+# Of tokens, and of the place of a chunk's end in its context.
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 30)]
+# Why a load was ended that had not failed: computing the rest is quicker (a cause of `Loaded`).
+SLOWER: Final = "slower"
 
 
 def group_index(key: Key) -> int:
@@ -99,12 +104,16 @@ class GroupLayout(msgspec.Struct, frozen=True):
         element: KV element type, as `ChunkLayout.element`.
         channels: elements along the innermost axis, as `ChunkLayout.channels`.
         pages: None where it is not known what they hold.
+        tokens: of the context that a chunk holds; 0 where that is not known.
+        window_chunks: how many chunks before the end of a context it needs; 0: all of them.
     """
 
     spans: tuple[tuple[int, int], ...]
     element: str
     channels: int
     pages: PageLayout | None = None
+    tokens: Tokens = 0
+    window_chunks: Tokens = 0
 
     @property
     def raw_bytes(self) -> int:
@@ -179,35 +188,52 @@ class Prepare(msgspec.Struct, tag=True):
 
     Attributes:
         salted: its keys are those of requests with the same `cache_salt` only.
+        prefill: what computing a prompt costs this engine; None until it was measured.
     """
 
     request_id: str
     tenant: str
     session_id: str | None
     salted: bool = False
+    prefill: PrefillCost | None = None
 
 
 class Lookup(msgspec.Struct, tag=True):
-    """Which of a request's keys can be loaded? `lookup_id` is the engine's, never reused."""
+    """Which of a request's keys are worth loading? `lookup_id` is the engine's, never reused.
+
+    Attributes:
+        whole: these are all keys of the prompt, a group's chain after the other's, each from its
+            beginning; then what can be computed sooner than loaded is answered as a miss.
+    """
 
     lookup_id: int
     request_id: str
     keys: list[Key]
     tenant: str = DEFAULT_TENANT
+    whole: bool = False
 
 
 class Found(msgspec.Struct, tag=True):
-    """`present[i]` is 1 when the lookup's i-th key can be loaded, 0 when it is a miss."""
+    """`present[i]` is 1 when the lookup's i-th key can and should be loaded, 0 for a miss."""
 
     lookup_id: int
     present: bytes
 
 
 class Load(msgspec.Struct, tag=True):
+    """Bring these chunks.
+
+    Attributes:
+        ends: of each key, the tokens of the context up to the chunk's end; empty if not known.
+        computed_tokens: tokens of the context that the engine has anyway.
+    """
+
     job_id: int
     request_id: str
     keys: list[Key]
     tenant: str = DEFAULT_TENANT
+    ends: list[Tokens] = []
+    computed_tokens: Tokens = 0
 
 
 class Landed(msgspec.Struct, tag=True):
@@ -228,7 +254,7 @@ class Loaded(msgspec.Struct, tag=True):
         raw_bytes: size of the chunks that landed.
         wire_bytes: bytes of those that came over the network, frames included.
         sources: "agent", or the peers' names, in order of first use.
-        causes: why chunks failed, one short word each ("timeout", "checksum", ...).
+        causes: why chunks failed, one short word each ("timeout", "checksum", `SLOWER`, ...).
         losses: what went through a lossy tier: (index into the load's keys, name of the tier).
     """
 
@@ -274,11 +300,15 @@ class Discard(msgspec.Struct, tag=True):
 
 
 class Finish(msgspec.Struct, tag=True):
-    """A request ended. Empty `chains`: nothing was computed for it, only forget it."""
+    """A request ended. Empty `chains`: nothing was computed for it, only forget it.
+
+    `prefill`: as in Prepare; the request may have been the first to measure it.
+    """
 
     request_id: str
     chains: list[list[Key]]
     num_tokens: int
+    prefill: PrefillCost | None = None
 
 
 EngineMessage = Hello | Prepare | Lookup | Load | Release | Store | Commit | Discard | Finish

@@ -7,6 +7,7 @@ import contextlib
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+RATIOS = (0.25, 0.5, 0.75, 0.8, 0.9, 1, 1.1, 1.25, 1.33, 2, 4)
 
 
 class AgentMetrics:
@@ -50,6 +51,34 @@ class AgentMetrics:
         )
         self.load_seconds = Histogram(
             "mcp_agent_load_seconds", "Duration of an engine's load", buckets=SECONDS, registry=r
+        )
+        self.load_decisions = Counter(
+            "mcp_agent_load_decisions",
+            "Contexts of which something could be loaded, by what was chosen",
+            ["choice"],
+            registry=r,
+        )
+        self.loads_given_up = Counter(
+            "mcp_agent_loads_given_up",
+            "Loads that were ended because computing the rest was quicker",
+            registry=r,
+        )
+        self.load_prediction = Histogram(
+            "mcp_agent_load_prediction_ratio",
+            "Predicted over actual duration of a load, by source",
+            ["source"],
+            buckets=RATIOS,
+            registry=r,
+        )
+        self.saved_seconds = Counter(
+            "mcp_agent_saved_seconds",
+            "Seconds that loads took less than computing would have",
+            registry=r,
+        )
+        self.lost_seconds = Counter(
+            "mcp_agent_lost_seconds",
+            "Seconds that loads, those given up included, took more than computing would have",
+            registry=r,
         )
         self.wire_received_bytes = Counter(
             "mcp_agent_wire_received_bytes", "Frame bytes received from peers", ["peer"], registry=r

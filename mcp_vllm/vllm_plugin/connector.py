@@ -11,6 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -22,16 +23,19 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from mcp_vllm.config import Config
 from mcp_vllm.link import protocol
+from mcp_vllm.link.prefill import PrefillMeter
 from mcp_vllm.link.supervisor import AgentSupervisor, own_socket_path
 from mcp_vllm.vllm_plugin import settings
 from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
 from mcp_vllm.vllm_plugin.layout import group_layouts
+from mcp_vllm.vllm_plugin.prefill_steps import PrefillSteps
 from mcp_vllm.vllm_plugin.session import session_of
 from mcp_vllm.vllm_plugin.tier import ContextTier
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
         RequestOffloadState,
     )
@@ -59,6 +63,8 @@ class MCPConnector(OffloadingConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self._supervisor: AgentSupervisor | None = None
         self._imported_tokens: dict[str, int] = {}
+        self._prefill = PrefillMeter(vllm_config.scheduler_config.max_num_batched_tokens)
+        self._steps = PrefillSteps(self._prefill)
         if role == KVConnectorRole.SCHEDULER:
             self._start_tier(config, vllm_config, kv_cache_config)
 
@@ -74,6 +80,12 @@ class MCPConnector(OffloadingConnector):
         tier = self._tier
         spec = tier._offloading_spec
         layouts = group_layouts(spec, kv_cache_config)
+        for group in self.scheduler.config.kv_group_configs:
+            layouts[group.group_idx] = msgspec.structs.replace(
+                layouts[group.group_idx],
+                tokens=group.tokens_per_chunk,
+                window_chunks=group.sliding_window_size_in_chunks or 0,
+            )
 
         def make_hello() -> protocol.Hello:
             fingerprint = engine_fingerprint(vllm_config, kv_cache_config, spec, layouts)
@@ -111,7 +123,14 @@ class MCPConnector(OffloadingConnector):
         chains = [list(state.offload_keys) for state in status.group_states]
         salted = request.cache_salt is not None
         session = session_of(request.request_id, request.kv_transfer_params)
-        self._tier.prepare(status.req_context, session, salted, chains)
+        cost = self._prefill.cost
+        self._tier.prepare(status.req_context, session, salted, chains, cost)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        self._tier.note_computed(request.request_id, num_computed_tokens)
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         metadata = super().build_connector_meta(scheduler_output)
@@ -119,7 +138,13 @@ class MCPConnector(OffloadingConnector):
             # vLLM steps on without a pause while requests wait for us, and on a small machine takes
             # the cores that the agent needs to answer.
             self._tier.wait_for_agent(IDLE_STEP_S)
+        self._steps.scheduled(scheduler_output)
         return metadata
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self.connector_scheduler is not None:
+            self._steps.ended()  # vLLM asks once for each step, when its output has come
+        return super().get_kv_connector_stats()
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -149,7 +174,8 @@ class MCPConnector(OffloadingConnector):
                 self.scheduler.config.kv_group_configs, status.group_states, strict=True
             )
         ]
-        report = self._tier.conclude(request.request_id, chains, num_tokens)
+        cost = self._prefill.cost
+        report = self._tier.conclude(request.request_id, chains, num_tokens, cost)
         session = session_of(request.request_id, request.kv_transfer_params)
         imported_from = list(report.sources) or (["host"] if imported_tokens else [])
         ours = {

@@ -34,6 +34,7 @@ from mcp_vllm.codec.loss import EXACT, worst
 from mcp_vllm.link import protocol
 from mcp_vllm.link.client import AgentLink
 from mcp_vllm.link.events import Found, JobDone, Lost
+from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.link.shared_memory import reopen_read_only
 from mcp_vllm.session.manifest import DEFAULT_TENANT, SessionKey
 from mcp_vllm.vllm_plugin.metrics import EngineMetrics, definitions
@@ -70,6 +71,8 @@ class _Request:
     prompt: list[OffloadKey] | None = None
     chains: list[list[OffloadKey]] = field(default_factory=list)
     num_tokens: int = 0
+    computed_tokens: int = 0
+    prefill: PrefillCost | None = None
     report: ImportReport = field(default_factory=ImportReport)
 
 
@@ -123,10 +126,12 @@ class ContextTier(SecondaryTierManager):
         session: SessionKey,
         salted: bool,
         chains: list[list[OffloadKey]],
+        prefill: PrefillCost | None,
     ) -> None:
         """A request was added with these chains, one a KV cache group: ask for what is not here.
 
         `salted`: it has a `cache_salt`, so its keys are its own and those of the same salt.
+        `prefill`: what computing it would cost, where that was measured.
         """
         request = self._requests[req_context.req_id]
         request.tenant = session.tenant
@@ -134,26 +139,42 @@ class ContextTier(SecondaryTierManager):
         if self._link is None or not self._link.connected:
             return
         self._link.send(
-            protocol.Prepare(req_context.req_id, session.tenant, session.session_id or None, salted)
+            protocol.Prepare(
+                req_context.req_id, session.tenant, session.session_id or None, salted, prefill
+            )
         )
         self._take_events()
         held = self._held_for(session.tenant)
-        absent = [key for key in keys if not any(key in each for each in held)]
-        self._count_lookups(len(keys) - len(absent), "hit")
+        num_absent = sum(not any(key in each for each in held) for key in keys)
+        if num_absent and self._link.asks_peers and len(keys) <= MAX_PREPARED_KEYS:
+            request.to_ask.extend(keys)
+            self._ask(req_context.req_id, request, whole=True)
+            return
+        self._count_lookups(len(keys) - num_absent, "hit")
         if not self._link.asks_peers:
-            self._count_lookups(len(absent), "miss")
-        elif len(absent) <= MAX_PREPARED_KEYS:
-            request.to_ask.extend(absent)
-            self._ask(req_context.req_id, request)
+            self._count_lookups(num_absent, "miss")
+
+    def note_computed(self, request_id: str, num_tokens: int) -> None:
+        """So many tokens of the request are in the engine's own prefix cache."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.computed_tokens = num_tokens
 
     def conclude(
-        self, request_id: str, chains: list[list[OffloadKey]], num_tokens: int
+        self,
+        request_id: str,
+        chains: list[list[OffloadKey]],
+        num_tokens: int,
+        prefill: PrefillCost | None,
     ) -> ImportReport:
-        """The request has ended; its session remembers these chains. What was brought for it?"""
+        """The request has ended; its session remembers these chains. What was brought for it?
+
+        `prefill`: what computing costs, as measured by now.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return ImportReport()
-        request.chains, request.num_tokens = chains, num_tokens
+        request.chains, request.num_tokens, request.prefill = chains, num_tokens, prefill
         return request.report
 
     def wait_for_agent(self, timeout_s: float) -> None:
@@ -199,8 +220,7 @@ class ContextTier(SecondaryTierManager):
         if self._link is None:
             self._end_job(JobDone(job_id, frozenset(range(len(keys))), causes=("no agent",)))
             return
-        context = job_metadata.req_context
-        load = protocol.Load(job_id, context.req_id, keys, tenant_of(context.kv_transfer_params))
+        load = self._load_of(job_id, job_metadata.req_context, keys)
         self._link.load(load, job_metadata.chunk_ids.tolist())
 
     def submit_store(self, job_metadata: TransferJob) -> None:
@@ -231,7 +251,9 @@ class ContextTier(SecondaryTierManager):
         if request is None or self._link is None or not self._link.connected:
             return
         chains = [list(chain) for chain in request.chains]
-        self._link.send(protocol.Finish(req_context.req_id, chains, request.num_tokens))
+        self._link.send(
+            protocol.Finish(req_context.req_id, chains, request.num_tokens, request.prefill)
+        )
 
     def drain_jobs(self) -> None:
         """Blocks until the link has ended every job, which its deadlines guarantee."""
@@ -266,7 +288,22 @@ class ContextTier(SecondaryTierManager):
 
     # ---- our own ----------------------------------------------------------------------------
 
-    def _ask(self, request_id: str, request: _Request) -> None:
+    def _load_of(
+        self, job_id: int, req_context: ReqContext, keys: list[OffloadKey]
+    ) -> protocol.Load:
+        request = self._requests.get(req_context.req_id)
+        ends = [req_context.get_offload_key_position(key) for key in keys]
+        known = [end for end in ends if end is not None]
+        return protocol.Load(
+            job_id,
+            req_context.req_id,
+            list(keys),
+            tenant_of(req_context.kv_transfer_params),
+            known if len(known) == len(keys) else [],
+            request.computed_tokens if request else 0,
+        )
+
+    def _ask(self, request_id: str, request: _Request, whole: bool = False) -> None:
         assert self._link is not None
         keys, request.to_ask = request.to_ask, []
         if not keys:
@@ -278,7 +315,8 @@ class ContextTier(SecondaryTierManager):
         lookup_id = self._next_lookup_id
         self._next_lookup_id += 1
         self._lookups[lookup_id] = (request_id, keys)
-        self._link.send(protocol.Lookup(lookup_id, request_id, list(keys), request.tenant))
+        lookup = protocol.Lookup(lookup_id, request_id, list(keys), request.tenant, whole)
+        self._link.send(lookup)
 
     def _held_for(self, tenant: str) -> list[set[OffloadKey]]:
         """What the agent has for that tenant: its own, and what is shared."""
@@ -379,7 +417,8 @@ class ContextTier(SecondaryTierManager):
         if done.failed:
             cause = done.causes[0] if done.causes else "unknown"
             stats.increase_counter(m.FAILED_CHUNKS, len(done.failed), (cause,))
-            logger.warning(
+            logger.log(
+                logging.DEBUG if cause == protocol.SLOWER else logging.WARNING,
                 "request %s: %d of %d chunks could not be brought (%s), recomputing them",
                 job.req_context.req_id,
                 len(done.failed),

@@ -82,7 +82,9 @@ async def answered_s(ask) -> float:
 
 
 @pytest.mark.parametrize(
-    "beginning", [b"", b"GET /healthz HTTP/1.1\r\nX-A: "], ids=["nothing", "half a request"]
+    "beginning",
+    [b"", pytest.param(b"GET /healthz HTTP/1.1\r\nX-A: ", marks=pytest.mark.slow)],
+    ids=["nothing", "half a request"],
 )
 async def test_ten_thousand_silent_connections_keep_nobody_out(tmp_path: Path, beginning: bytes):
     agent = RestartableAgent(tmp_path, "a", settings())

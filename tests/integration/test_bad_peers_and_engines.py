@@ -113,7 +113,12 @@ def between(good):
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, log_folder, between):
-    timing = {"lookup_ms": LOOKUP_MS, "stall_ms": STALL_MS, "load_ms": LOAD_MS}
+    timing = {
+        "lookup_ms": LOOKUP_MS,
+        "stall_ms": STALL_MS,
+        "load_ms": LOAD_MS,
+        "load_policy": "always",
+    }
     config = {
         "host_cache_bytes": "256MiB",
         "agent": {"listen": "127.0.0.1:0", "ram_bytes": "1GiB", **timing},

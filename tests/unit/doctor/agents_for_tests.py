@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mcp_vllm.agent import wire
 
 
-def hello(agent_id: str = "a1", *fingerprints: dict[str, str], version: int = 1) -> bytes:
+def hello(
+    agent_id: str = "a1", *fingerprints: dict[str, str], version: int = wire.WIRE_VERSION
+) -> bytes:
     return wire.encode(wire.PeerHello(version, agent_id, list(fingerprints)))
 
 

@@ -1,0 +1,140 @@
+"""Two places for agents with a link of known speed between them, for benchmarks.
+
+`network_link` is a real one: two network namespaces, a veth pair, and `tc tbf` on both ends (Linux,
+root, iproute2). `proxy_link` is the fallback: two TCP proxies in a thread of this process, which
+carry that many bytes a second.
+"""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from throttle import Throttle
+
+from mcp_vllm.demo.engines import HOST, free_port
+
+BURST = "256kb"
+QUEUE = "50ms"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one agent runs.
+
+    Attributes:
+        prefix: in front of its command.
+        listen: HOST:PORT for its configuration.
+        reached_at: HOST:PORT at which the other agent reaches it, over the link.
+        url: where this process reaches it, beside the link.
+    """
+
+    prefix: tuple[str, ...]
+    listen: str
+    reached_at: str
+    url: str
+
+
+@dataclass(frozen=True)
+class ShapedLink:
+    """`what` it is, for the output; places A and B; its speed in bytes a second each way."""
+
+    what: str
+    places: tuple[Place, Place]
+    bytes_s: float
+
+
+class NoNetwork(Exception):
+    """Namespaces cannot be made here, and why."""
+
+
+@contextlib.contextmanager
+def network_link(mbit_s: int) -> Iterator[ShapedLink]:
+    """Raises NoNetwork where the machine does not allow it."""
+    pid = os.getpid()
+    names = (f"mcp{pid}a", f"mcp{pid}b")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            _run("ip", "netns", "add", name)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+        first, second = names
+        _run("ip", "link", "add", "mcp", "netns", first, "type", "veth",
+             "peer", "name", "mcp", "netns", second)  # fmt: skip
+        places = []
+        for number, name in enumerate(names, start=1):
+            _address(name, "mcp", f"10.77.0.{number}/24")
+            _run("tc", "-n", name, "qdisc", "add", "dev", "mcp", "root", "tbf",
+                 "rate", f"{mbit_s}mbit", "burst", BURST, "latency", QUEUE)  # fmt: skip
+            ours, port = f"mcp{pid}{number}", free_port()
+            _run("ip", "link", "add", ours, "type", "veth", "peer", "name", "own", "netns", name)
+            _run("ip", "addr", "add", f"10.77.{number}.1/24", "dev", ours)
+            _run("ip", "link", "set", ours, "up")
+            _address(name, "own", f"10.77.{number}.2/24")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+            places.append(
+                Place(
+                    ("ip", "netns", "exec", name),
+                    f"0.0.0.0:{port}",
+                    f"10.77.0.{number}:{port}",
+                    f"http://10.77.{number}.2:{port}",
+                )
+            )
+        what = f"two network namespaces, veth, tc tbf rate {mbit_s}mbit burst {BURST}"
+        yield ShapedLink(what, (places[0], places[1]), mbit_s * 1e6 / 8)
+
+
+@contextlib.contextmanager
+def proxy_link(mbit_s: float) -> Iterator[ShapedLink]:
+    """The same over loopback proxies, which share the machine's cores."""
+    bytes_s = mbit_s * 1e6 / 8
+    ports = free_port(), free_port()
+    with running_throttles([f"{HOST}:{port}" for port in ports], bytes_s) as throttles:
+        places = [
+            Place((), f"{HOST}:{port}", throttle.address, f"http://{HOST}:{port}")
+            for port, throttle in zip(ports, throttles, strict=True)
+        ]
+        what = f"userspace TCP proxy of {mbit_s:g} Mbit/s on loopback (no real link)"
+        yield ShapedLink(what, (places[0], places[1]), bytes_s)
+
+
+@contextlib.contextmanager
+def running_throttles(targets: list[str], bytes_s: float) -> Iterator[list[Throttle]]:
+    """A proxy in front of each target, in a thread of their own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    throttles = [Throttle(target, bytes_s) for target in targets]
+    stack = contextlib.AsyncExitStack()
+
+    async def start() -> None:
+        for throttle in throttles:
+            await stack.enter_async_context(throttle.running())
+
+    asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield throttles
+    finally:
+        asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def _address(namespace: str, device: str, address: str) -> None:
+    _run("ip", "-n", namespace, "addr", "add", address, "dev", device)
+    _run("ip", "-n", namespace, "link", "set", device, "up")
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except FileNotFoundError as error:
+        raise NoNetwork(f"{command[0]} is not installed (iproute2)") from error
+    except subprocess.CalledProcessError as error:
+        raise NoNetwork(f"`{' '.join(command)}`: {error.stderr.strip()}") from error
