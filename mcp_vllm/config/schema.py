@@ -36,7 +36,8 @@ def _peer_address(text: str) -> str:
     return str(address)
 
 
-def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+def unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    """The values, each of which is there once. Raises ValueError."""
     for index, value in enumerate(values):
         if value in values[:index]:
             raise ValueError(f'"{value}" is listed twice')
@@ -59,13 +60,15 @@ WireCodecName = Annotated[str, _known("codec", (AUTO, *KNOWN_CODECS, *LOSSY_TIER
 LossyTier = Annotated[str, _known("lossy tier", LOSSY_TIERS)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """What every group of settings is: closed, frozen, each key with its sentence."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section):
     """The context agent: the process that stores blocks and talks to peers."""
 
     socket: Path | None = None
@@ -100,7 +103,7 @@ class AgentConfig(_Section):
     """How long a whole load may take before the request is recomputed instead."""
 
 
-class CodecConfig(_Section):
+class CodecConfig(Section):
     """How blocks are compressed, in the store and on the wire."""
 
     name: CodecName = "lossless"
@@ -113,11 +116,11 @@ class CodecConfig(_Section):
     """Codec in which blocks are asked for from peers. `auto`: the one that brings them soonest over
     the link as measured, of those without loss and those that `lossy` allows."""
 
-    lossy: Annotated[tuple[LossyTier, ...], AfterValidator(_unique)] = ()
+    lossy: Annotated[tuple[LossyTier, ...], AfterValidator(unique)] = ()
     """Lossy tiers that may be used between peers: `near-lossless`, `balanced`, `small`. Blocks that
     went through one are given only to those who allow it too."""
 
-    lossy_tenants: Annotated[tuple[str, ...], AfterValidator(_unique)] = Field(
+    lossy_tenants: Annotated[tuple[str, ...], AfterValidator(unique)] = Field(
         default=(), max_length=10_000
     )
     """Tenants that `lossy` is for; empty: for all. With tenants named, it holds for their requests
@@ -133,7 +136,7 @@ class CodecConfig(_Section):
         return self.lossy if everybody or (salted and tenant in self.lossy_tenants) else ()
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """PEM files of this agent; all three, or none. Replaced files are used within seconds."""
 
     certificate: Path | None = None
@@ -159,7 +162,7 @@ class TlsConfig(_Section):
         return self
 
 
-class SecurityConfig(_Section):
+class SecurityConfig(Section):
     """Who may reach the agent. With `tls` or `token_keys`, every request must say who asks."""
 
     tls: TlsConfig = TlsConfig()
@@ -181,7 +184,7 @@ class SecurityConfig(_Section):
     """File for one JSON line for each session operation, export of blocks and refusal."""
 
 
-class Config(_Section):
+class Config(Section):
     """The configuration of one engine and its agent."""
 
     version: Literal[1] = 1
@@ -190,7 +193,7 @@ class Config(_Section):
     host_cache_bytes: ByteSize = Field(default=ByteSize(_GIB), ge=_MIB, le=_MAX_BYTES)
     """The engine's host cache: shared memory for uncompressed blocks (vLLM's primary tier)."""
 
-    peers: Annotated[tuple[PeerAddress, ...], AfterValidator(_unique)] = Field(
+    peers: Annotated[tuple[PeerAddress, ...], AfterValidator(unique)] = Field(
         default=(), max_length=256
     )
     """HOST:PORT of other hosts' agents, asked for blocks that are not held here."""
