@@ -147,16 +147,12 @@ class Stages:
             channel.max_metadata = wire.MAX_METADATA_BYTES
             message = _receive(stage, channel, Kind.WELCOME, 0, first)
             welcome = wire.decode(Welcome, message.metadata)
-            form = Form(
-                self._hello.form, welcome.width, self._dtype, "residual" in welcome.tensors
-            )
+            form = Form(self._hello.form, welcome.width, self._dtype, "residual" in welcome.tensors)
         except BaseException:
             channel.close()
             raise
         channel.max_payload = form.payload_bytes(self._hello.max_tokens)
-        return Link(
-            stage, welcome, form, channel, replace(patience, total_s=config.step_ms / 1000)
-        )
+        return Link(stage, welcome, form, channel, replace(patience, total_s=config.step_ms / 1000))
 
     def _with_token(self) -> Hello:
         """Read for each connection: whoever renews the token replaces the file."""

@@ -1,4 +1,4 @@
-"""`/healthz` and `/metrics` of a stage, on a port of their own; no access control, so keep it local."""
+"""`/healthz` and `/metrics` of a stage, on a port of their own, which asks nobody who they are."""
 
 from __future__ import annotations
 

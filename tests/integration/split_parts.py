@@ -192,7 +192,9 @@ def assert_same_or_near_tie(ours: list[Answer], reference: list[Answer]) -> list
     ties = []
     for number, (a, b) in enumerate(zip(ours, reference, strict=True)):
         assert len(a.tokens) == len(b.tokens), number
-        differing = [i for i, pair in enumerate(zip(a.tokens, b.tokens, strict=True)) if len({*pair}) > 1]
+        differing = [
+            i for i, pair in enumerate(zip(a.tokens, b.tokens, strict=True)) if len({*pair}) > 1
+        ]
         if differing:
             first = differing[0]
             gap = min(a.gaps[first], b.gaps[first])

@@ -76,7 +76,7 @@ class SplitExecutor(UniProcExecutor):
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
-    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
         if self._link is None and not self._is_local:
             self._take_over()
         self._begin(scheduler_output)
@@ -122,9 +122,7 @@ class SplitExecutor(UniProcExecutor):
         runner = self.driver_worker.worker.model_runner
         order = self._encoder.order(runner.input_batch.req_ids)
         hidden, residual = activations.hidden, activations.residual
-        used = Activations(
-            hidden[:num_tokens], None if residual is None else residual[:num_tokens]
-        )
+        used = Activations(hidden[:num_tokens], None if residual is None else residual[:num_tokens])
         result = self._link.run(self._number, order, used)
         if hidden.shape[0] == num_tokens:
             return result

@@ -102,7 +102,7 @@ class StepDecoder:
         self._held: dict[int, list[int]] = {}
 
     def decode(self, step: Step) -> SchedulerOutput:
-        """For vLLM's model runner. Raises StageRefused: the step breaks a bound or makes no sense."""
+        """For vLLM's model runner. Raises StageRefused: the step breaks a bound, or cannot be."""
         for alias in step.finished:
             if self._held.pop(alias, None) is None:
                 raise _bad(f"request {alias} ends and was never there")
@@ -154,7 +154,7 @@ class StepDecoder:
                 raise _bad(f"request {alias} with {held[group]} blocks, at most {most}")
 
     def _check_blocks(self, ids: list[int] | tuple[int, ...]) -> None:
-        if ids and not (0 <= min(ids) and max(ids) < self._limits.num_blocks):
+        if ids and not (min(ids) >= 0 and max(ids) < self._limits.num_blocks):
             raise _bad(f"a block that is not from 0 to {self._limits.num_blocks - 1}")
 
     def _check_schedule(self, step: Step, computed: dict[int, int]) -> None:
@@ -196,9 +196,7 @@ def _cached(continued: list[Continued]) -> CachedRequestData:
         resumed_req_ids=set(),
         new_token_ids=[],
         all_token_ids={},
-        new_block_ids=[
-            None if each.blocks is None else tuple(each.blocks) for each in continued
-        ],
+        new_block_ids=[None if each.blocks is None else tuple(each.blocks) for each in continued],
         num_computed_tokens=[each.num_computed for each in continued],
         num_output_tokens=[0] * len(continued),
     )

@@ -35,7 +35,7 @@ class AddingLayers:
     max_leases: int = 1
     facts_: Mapping[str, str] = field(default_factory=lambda: dict(FACTS))
     dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.loaded = threading.Event()
@@ -91,10 +91,10 @@ class RunningStage:
 
 @contextlib.contextmanager
 def running_stage(
-    backend: AddingLayers | None = None, security: SecurityConfig = SecurityConfig()
+    backend: AddingLayers | None = None, security: SecurityConfig | None = None
 ) -> Iterator[RunningStage]:
     backend, metrics = backend or AddingLayers(), StageMetrics()
-    server = StageServer(("127.0.0.1", 0), backend, Access(security), metrics)
+    server = StageServer(("127.0.0.1", 0), backend, Access(security or SecurityConfig()), metrics)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:

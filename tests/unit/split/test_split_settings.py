@@ -16,13 +16,13 @@ def test_layers_are_the_first_and_the_one_after_the_last():
 
 @pytest.mark.parametrize("text", ["", "4", "4-14", "14:4", "4:4", "0:3", "-1:3", "a:b", "1:99999"])
 def test_layers_that_cannot_be_are_refused(text):
-    with pytest.raises(ValueError, match="must begin|is not FIRST:END"):
+    with pytest.raises(ValueError, match=r"must begin|is not FIRST:END"):
         parse_layers(text)
 
 
 def test_activations_travel_in_the_clear_on_this_machine_only():
     far = {"layers": "1:3", "stages": ["gpu.example:7090"]}
-    with pytest.raises(ConfigError, match='gpu.example:7090 in the clear: set "tls"'):
+    with pytest.raises(ConfigError, match=r'gpu\.example:7090 in the clear: set "tls"'):
         SplitConfig.load(far)
     assert SplitConfig.load(far | {"insecure": True})
     assert SplitConfig.load(far | {"tls": TLS}).tls.is_set
@@ -44,7 +44,7 @@ def test_options_of_the_command_line_win_over_the_file():
 
 
 def test_an_unknown_key_names_the_nearest():
-    with pytest.raises(ConfigError, match='unknown key "stage" .*"stages"'):
+    with pytest.raises(ConfigError, match=r'unknown key "stage" .*"stages"'):
         SplitConfig.load({"layers": "1:3", "stage": LOCAL})
 
 
