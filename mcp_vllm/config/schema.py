@@ -137,7 +137,7 @@ class CodecConfig(Section):
 
 
 class TlsConfig(Section):
-    """PEM files of this agent; all three, or none. Replaced files are used within seconds."""
+    """PEM files of this process; all three, or none. Replaced files are used within seconds."""
 
     certificate: Path | None = None
     """Certificate of this host, with intermediate ones after it; for both sides of a connection."""

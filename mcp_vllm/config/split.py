@@ -17,7 +17,6 @@ from mcp_vllm.config.schema import (
     ListenAddress,
     PeerAddress,
     Section,
-    SecurityConfig,
     TlsConfig,
     unique,
 )
@@ -118,6 +117,22 @@ class SplitConfig(Section):
         return loader.load(cls, source, flags={}, environ={}).config
 
 
+class StageSecurity(Section):
+    """Who may have a lease. Neither `tls` nor `token_keys`: everybody who reaches `listen`."""
+
+    tls: TlsConfig = TlsConfig()
+
+    token_keys: Path | None = None
+    """YAML or JSON file of the keys that sign bearer tokens. Set: an engine needs a token with the
+    scope `stage:run`. Unset: with `tls` it needs a certificate of the CA."""
+
+    audience: str = Field(default="mcp-vllm", min_length=1, max_length=256)
+    """The `aud` that a token must name."""
+
+    clock_skew_s: int = Field(default=30, ge=0, le=600)
+    """By how much the clocks of those who make tokens may differ from ours."""
+
+
 class StageConfig(Section):
     """A stage: some layers of one model, for engines elsewhere."""
 
@@ -139,10 +154,10 @@ class StageConfig(Section):
     leases: int = Field(default=1, ge=1, le=64)
     """How many engines may use the stage at once."""
 
-    security: SecurityConfig = SecurityConfig()
+    security: StageSecurity = StageSecurity()
 
     insecure: bool = False
-    """Serve engines on other machines without TLS, or without asking who they are."""
+    """Serve engines on other machines without TLS."""
 
     @model_validator(mode="after")
     def _loopback_unless_secure(self) -> "StageConfig":

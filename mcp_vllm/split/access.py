@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 
-from mcp_vllm.config.schema import SecurityConfig
+from mcp_vllm.config.split import StageSecurity
 from mcp_vllm.security.errors import SecurityError
 from mcp_vllm.security.principal import STAGE_RUN
 from mcp_vllm.security.tls import Tls, TlsFiles
 from mcp_vllm.security.tokens import TokenError, TokenVerifier
+
+logger = logging.getLogger(__name__)
 
 
 class AccessDenied(SecurityError):
@@ -17,9 +20,9 @@ class AccessDenied(SecurityError):
 
 
 class Access:
-    """Shared by the stage's connection threads; certificates and keys are read at the start."""
+    """Shared by the stage's connection threads. Replaced files are used at the next connection."""
 
-    def __init__(self, config: SecurityConfig) -> None:
+    def __init__(self, config: StageSecurity) -> None:
         """Raises SecurityError when a file cannot be used."""
         files = config.tls
         self._tls: Tls | None = None
@@ -33,11 +36,13 @@ class Access:
         """The connection in TLS, if that is configured. Raises OSError: no handshake."""
         if self._tls is None:
             return connected
+        _renew(self._tls)
         return self._tls.server.wrap_socket(connected, server_side=True)
 
     def check(self, connected: socket.socket, token: str | None) -> None:
         """Raises AccessDenied."""
         if self._tokens is not None:
+            _renew(self._tokens)
             self._check_token(self._tokens, token)
         elif isinstance(connected, ssl.SSLSocket) and not connected.getpeercert():
             raise AccessDenied("a client certificate of our CA is needed, and none was presented")
@@ -51,3 +56,11 @@ class Access:
             raise AccessDenied(str(error)) from None
         if STAGE_RUN not in principal.scopes:
             raise AccessDenied(f"the token lacks the scope {STAGE_RUN}")
+
+
+def _renew(files: Tls | TokenVerifier) -> None:
+    """Take replaced files into use; those that cannot be used leave the old ones."""
+    try:
+        files.reload()
+    except SecurityError as error:
+        logger.error("replaced files cannot be used, the old ones stay: %s", error)

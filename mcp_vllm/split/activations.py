@@ -14,6 +14,7 @@ and one scale for all destroys the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -106,5 +107,5 @@ class Form:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().cpu().view(torch.uint8)
-    return memoryview(flat.numpy()).cast("B")
+    flat: Any = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return memoryview(flat).cast("B")

@@ -190,7 +190,7 @@ def _named(stage: str, error: Exception) -> SplitError:
 
 def _passes(error: SplitError) -> bool:
     """Whether waiting may help."""
-    return not isinstance(error, StageRefused) or error.code in ("busy", "loading")
+    return not isinstance(error, StageRefused) or error.code == "busy"
 
 
 def _summary(failures: Sequence[SplitError]) -> SplitError:

@@ -53,8 +53,8 @@ MAX_MODEL_LEN = 1 << 24
 MAX_BLOCKS = 1 << 31
 MAX_GROUPS = 64
 
-# Why a stage refuses. `busy` and `loading` pass; the others need somebody to change something.
-REFUSALS = ("access", "model", "protocol", "memory", "busy", "loading", "step", "internal")
+# Why a stage refuses. `busy` passes; the others need somebody to change something.
+REFUSALS = ("access", "model", "protocol", "memory", "busy", "step", "internal")
 
 
 class Kind(IntEnum):

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mcp_vllm.config.schema import SecurityConfig
-from mcp_vllm.config.split import SplitConfig
+from mcp_vllm.config.split import SplitConfig, StageSecurity
 from mcp_vllm.split.access import Access
 from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.errors import StageRefused
@@ -91,10 +90,10 @@ class RunningStage:
 
 @contextlib.contextmanager
 def running_stage(
-    backend: AddingLayers | None = None, security: SecurityConfig | None = None
+    backend: AddingLayers | None = None, security: StageSecurity | None = None
 ) -> Iterator[RunningStage]:
     backend, metrics = backend or AddingLayers(), StageMetrics()
-    server = StageServer(("127.0.0.1", 0), backend, Access(security or SecurityConfig()), metrics)
+    server = StageServer(("127.0.0.1", 0), backend, Access(security or StageSecurity()), metrics)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:

@@ -21,7 +21,7 @@ from stages_for_tests import (
     step_of,
 )
 
-from mcp_vllm.config.schema import SecurityConfig
+from mcp_vllm.config.split import StageSecurity
 from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused
@@ -152,7 +152,7 @@ def test_a_second_engine_is_refused_while_all_leases_are_taken():
 )
 def test_without_the_right_token_there_is_no_lease(tmp_path, scope, claims, complaint):
     issuer = Issuer(tmp_path)
-    config = SecurityConfig(token_keys=issuer.file)
+    config = StageSecurity(token_keys=issuer.file)
     extra = {}
     if scope is not None:
         (tmp_path / "token").write_text(issuer.token(scope, **claims))
@@ -167,7 +167,7 @@ def test_without_the_right_token_there_is_no_lease(tmp_path, scope, claims, comp
 
 def test_with_tls_an_engine_needs_a_certificate_of_the_ca(tmp_path):
     ours = {name: str(path) for name, path in vars(tls_files(tmp_path)).items()}
-    with running_stage(security=SecurityConfig.model_validate({"tls": ours})) as stage:
+    with running_stage(security=StageSecurity.model_validate({"tls": ours})) as stage:
         link = leased(stage.address, tls=ours)
         link.begin(1, step_of(32))
         assert torch.equal(link.run(1, [1], rows_of(32)).hidden, rows_of(32).hidden + 1)
