@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 TOKENS = 64
 LAYERS = {"llama": "1:3", "qwen3": "1:3", "gemma": "6:12"}
 # Of 12 requests 8 run at once; they outgrow these blocks, so that some are preempted.
-BLOCKS = {"llama": 60, "qwen3": 60, "gemma": 120}
+BLOCKS = {"llama": 42, "qwen3": 42, "gemma": 200}
 
 
 def requests(vocabulary: int) -> list[Request]:
