@@ -22,17 +22,20 @@ def stage(
         str | None, typer.Option(metavar="FIRST:END", help="4:14 is layers 4 to 13.")
     ] = None,
     listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="For engines. [default: 127.0.0.1:7090]")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="For engines; 127.0.0.1:7090 if not given."),
     ] = None,
     http: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="For /healthz and /metrics.")
     ] = None,
     kv_bytes: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory for KV blocks of all engines. [default: 4GiB]"),
+        typer.Option(
+            metavar="SIZE", help="Memory for KV blocks of all engines; 4GiB if not given."
+        ),
     ] = None,
     leases: Annotated[
-        int | None, typer.Option(help="Engines at once; each gets an equal part. [default: 1]")
+        int | None, typer.Option(help="Engines at once (1 if not given); each gets a part.")
     ] = None,
     config: Annotated[
         str | None,
@@ -51,5 +54,5 @@ def stage(
     from mcp_vllm.split.engine.stage import serve_stage
     from mcp_vllm.telemetry.logs import configure_logging
 
-    configure_logging()
+    configure_logging("mcp-stage")
     serve_stage(model, settings, vllm_args or [])

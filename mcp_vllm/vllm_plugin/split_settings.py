@@ -41,6 +41,10 @@ def apply(args: Any, source: str) -> None:
         setattr(args, name, ours)
     if getattr(args, "async_scheduling", None):
         raise SplitFlagError("--mcp-split contradicts --async-scheduling: steps run one by one")
+    if getattr(args, "kv_transfer_config", None) is not None:
+        raise SplitFlagError(
+            "--mcp-split contradicts --kv-connector: the stage's blocks would not be stored"
+        )
     if os.environ.get(_RUNNER, "0") not in ("0", ""):
         raise SplitFlagError(f"--mcp-split needs {_RUNNER}=0")
     os.environ[_RUNNER] = "0"

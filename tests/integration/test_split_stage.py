@@ -6,13 +6,16 @@ import socket
 import msgspec
 import pytest
 
+from mcp_vllm.demo.engines import Engine, free_port
 from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
 from mcp_vllm.split.wire import Continued, Hello, Kind, KvInit, NewRequest, Step, Welcome
+from tests.integration.engine_client import complete
 from tests.integration.split_engine import Request, rss_anon_bytes
 from tests.integration.split_parts import (
     BLOCK,
     MODEL_LEN,
+    START_S,
     assert_same_tokens,
     engine_of,
     finish,
@@ -202,6 +205,30 @@ def test_the_stage_still_serves_after_all_that(stage, hello):
     other = msgspec.structs.replace(hello, facts={**hello.facts, "dtype": "float16"})
     wait_for("a free lease", lambda: stage.metric("mcp_stage_leases ") == 0)
     assert b"dtype: ours is 'bfloat16'" in first_answer(stage, other).metadata
+
+
+def test_vllm_serve_gives_the_tokens_of_the_whole_engine(tiny_model, stage, log_folder):
+    """The engine core in a process of its own, behind the API server."""
+    wait_for("a free lease", lambda: stage.metric("mcp_stage_leases ") == 0)
+    model, prompt = tiny_model("llama"), "All hands on deck, and mind the gap. " * 8
+    tokens = []
+    for split in ((), ("--mcp-split", split_of(LAYERS, stage.address))):
+        arguments = ["--block-size", str(BLOCK), "--max-model-len", str(MODEL_LEN), *split]
+        log = log_folder / f"serve-{'split' if split else 'whole'}.log"
+        with Engine.start(
+            model, free_port(), ["--enforce-eager", *arguments], log_path=log
+        ) as engine:
+            engine.wait_ready(START_S)
+            tokens.append(complete(engine.base_url, prompt, 40).tokens)
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 40
+
+
+def test_a_stage_of_layers_that_must_stay_says_why_in_its_last_line(tiny_model):
+    with stage_of(tiny_model("llama"), "1:4") as stage:
+        assert stage.process.wait(START_S) == 1
+        last = stage.log.read_text().strip().splitlines()[-1]
+    assert last.startswith("layers 1:4 of a model with 4: the first and the last one must stay")
 
 
 def test_a_stage_holds_its_layers_and_nothing_else(tmp_path, capsys):

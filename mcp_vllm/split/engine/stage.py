@@ -159,10 +159,10 @@ def serve_stage(model: str, stage: StageConfig, vllm_args: Sequence[str]) -> Non
     if stage.http is not None:
         serve_http(Address.parse(stage.http), metrics, backend.ready.is_set)
     threading.Thread(target=server.serve, name="stage", daemon=True).start()
+    backend.load()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    backend.load()
     with middle_of_pipeline():
         backend.ready.set()
         logger.info(
