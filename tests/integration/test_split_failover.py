@@ -49,7 +49,8 @@ def undisturbed(model, requests):
 def report(played: Played, reference, how: str, capsys) -> None:
     assert played.result is not None, played.log[-5000:]
     ties = assert_same_or_near_tie(played.answers[0], reference)
-    worst = max(played.result.step_s)
+    # The first steps of a process load and allocate much, with and without a stage.
+    worst = max(played.result.step_s[5:])
     with capsys.disabled():
         print(f"\n{how}: longest step {worst:.2f} s")
         for line in played.log.splitlines():
@@ -87,7 +88,7 @@ def test_a_cut_connection_is_a_lost_stage(model, requests, undisturbed, capsys):
     with (
         stage_of(model, LAYERS, name="cut-off") as first,
         stage_of(model, LAYERS) as second,
-        Proxy(("127.0.0.1", first.port), cut_after=1_500_000) as proxy,
+        Proxy(("127.0.0.1", first.port), cut_after=900_000) as proxy,
     ):
         first.wait_ready()
         second.wait_ready()
