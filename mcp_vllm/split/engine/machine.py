@@ -10,7 +10,6 @@ import torch
 from vllm.platforms import current_platform
 
 
-
 def free_bytes() -> int:
     """Memory where weights and KV would go."""
     if torch.cuda.is_available():
@@ -20,7 +19,7 @@ def free_bytes() -> int:
 
 def machine_name() -> str:
     """Of the device; no host name, which is nobody's business."""
-    return f"{current_platform.get_device_name() or "cpu"}, {os.cpu_count()} cores"[:200]
+    return f"{current_platform.get_device_name() or 'cpu'}, {os.cpu_count()} cores"[:200]
 
 
 def native_dtypes(device: torch.device) -> list[Any]:

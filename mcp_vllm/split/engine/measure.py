@@ -113,9 +113,7 @@ def measure(request: MeasureRequest) -> Figures:
         step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
         rest.append(StepTime(**step, seconds=typical(timed.rest)))
         for index, seconds in enumerate(zip(*timed.layers, strict=True)):
-            layers.append(
-                LayerTime(**step, first=index, end=index + 1, seconds=typical(seconds))
-            )
+            layers.append(LayerTime(**step, first=index, end=index + 1, seconds=typical(seconds)))
     return Figures(
         kind="engine",
         machine=machine_name(),

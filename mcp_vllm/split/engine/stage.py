@@ -23,8 +23,8 @@ from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import StageConfig, parse_layers
 from mcp_vllm.split.access import Access
 from mcp_vllm.split.engine.kv_specs import encode_spec
-from mcp_vllm.split.engine.layers import OnlySpan
 from mcp_vllm.split.engine.layer_timer import LayerTimer
+from mcp_vllm.split.engine.layers import OnlySpan
 from mcp_vllm.split.engine.lease import StageLease, Turn
 from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
 from mcp_vllm.split.engine.middle import loading_only, middle_of_pipeline

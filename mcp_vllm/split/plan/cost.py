@@ -1,4 +1,6 @@
-"""How long a step takes under a split: T = rest + local layers + stage + link, and what requests see.
+"""How long a step takes under a split, and what requests see of it.
+
+    step = rest + local layers + stage + link
 
     time to first token = the prefill steps of one prompt on an idle engine
     time per token      = one decode step of `batch` requests at the context
@@ -26,33 +28,31 @@ class Load:
 
     Attributes:
         prompt: tokens of a prompt.
-        output: tokens of an answer.
+        answer: tokens of an answer.
         batch: requests that generate at once.
         budget: tokens that a step takes at most (vLLM's max_num_batched_tokens).
     """
 
     prompt: int
-    output: int
+    answer: int
     batch: int
     budget: int
 
     @property
     def context(self) -> int:
         """Tokens of a request at its end."""
-        return self.prompt + self.output
+        return self.prompt + self.answer
 
     @property
     def decode(self) -> Work:
         """The typical decode step: in the middle of the answer."""
-        return Work(self.batch, 1, self.prompt + max(1, self.output // 2))
+        return Work(self.batch, 1, self.prompt + max(1, self.answer // 2))
 
     @property
     def prefill(self) -> list[Work]:
         """The steps of one prompt."""
         ends = [*range(self.budget, self.prompt, self.budget), self.prompt]
-        return [
-            Work(1, end - start, end) for start, end in itertools.pairwise([0, *ends])
-        ]
+        return [Work(1, end - start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 class CostModel:
@@ -79,7 +79,8 @@ class CostModel:
         seconds = self._local.rest_s(work) + float(local[-1])
         if split is None:
             return seconds
-        assert self._stage is not None and self._link is not None
+        assert self._stage is not None
+        assert self._link is not None
         first, end = split
         remote = self._prefix(work, True)
         return (

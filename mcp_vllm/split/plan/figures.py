@@ -69,7 +69,7 @@ class Figures(_Strict):
 
     version: Literal[1] = 1
     kind: Literal["engine", "stage"]
-    """What the rest of a step is: an engine's (scheduler, embedding, head, sampling) or a stage's."""
+    """Whose the rest of a step is: an engine's (scheduler, embedding, head) or a stage's."""
 
     machine: Name
     model: Name

@@ -1,9 +1,10 @@
 """From measured times to rates: what a machine computes, reads and loses a second, and a link.
 
-Least absolute relative errors (reweighted least squares), with coefficients that cannot be negative:
-at most three of them, so that every set of them is tried. The roofline `max(flops/F, bytes/M) + o` becomes linear
-once it is known which samples compute and which read; that depends on one number, the arithmetic
-intensity where they change over, and all of its values are tried.
+Least absolute relative errors (reweighted least squares), with coefficients that cannot be
+negative: at most three of them, so that every set of them is tried. The roofline
+`max(flops/F, bytes/M) + o` becomes linear once it is known which samples compute and which read;
+that depends on one number, the arithmetic intensity where they change over, and all of its values
+are tried.
 """
 
 from __future__ import annotations
@@ -220,5 +221,3 @@ def _subsets(number: int) -> list[list[int]]:
         for size in range(number, 0, -1)
         for each in itertools.combinations(range(number), size)
     ]
-
-

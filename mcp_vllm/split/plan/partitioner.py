@@ -1,8 +1,8 @@
 """`TaskPartitioner`: from a model and two places to a plan. Public; `mcp-vllm plan` is its command.
 
-    partitioner = TaskPartitioner("my-model", {"local": "cpu", "cloud": "mcp://gpu-01:7090"})
-    plan = partitioner.plan()
-    plan.write_split_config(Path("split.yaml"), ["gpu-01:7090"])   # vllm serve --mcp-split split.yaml
+partitioner = TaskPartitioner("my-model", {"local": "cpu", "cloud": "mcp://gpu-01:7090"})
+plan = partitioner.plan()
+plan.write_split_config(Path("split.yaml"), ["gpu-01:7090"])   # vllm serve --mcp-split split.yaml
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mcp_vllm.split.plan.shape import ModelShape
 from mcp_vllm.split.plan.stage_probe import probe_stage
 
 SCHEME = "mcp://"
+DEFAULT_LOAD = Load(prompt=512, answer=128, batch=1, budget=2048)
 _DEVICES = ("measure", "cpu", "cuda", "xpu")
 
 
@@ -71,9 +72,7 @@ class Plan:
             raise PlanError("no split fits: there is no cloud share to reduce")
         stage_bytes = int(self.found.best_split.stage_bytes * factor)
         limits = dataclasses.replace(self.limits, stage_bytes=stage_bytes)
-        return dataclasses.replace(
-            self, limits=limits, found=search(self.costs, self.load, limits)
-        )
+        return dataclasses.replace(self, limits=limits, found=search(self.costs, self.load, limits))
 
     def split_config(self, stages: Sequence[str] = (), **settings: Any) -> SplitConfig:
         """The best split as settings of `--mcp-split`.
@@ -100,9 +99,7 @@ class Plan:
     def write_split_config(self, path: Path, stages: Sequence[str] = (), **settings: Any) -> None:
         """Raises what `split_config` raises, and PlanError: the file cannot be written."""
         config = self.split_config(stages, **settings)
-        text = yaml.safe_dump(
-            config.model_dump(mode="json", exclude_unset=True), sort_keys=False
-        )
+        text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         try:
             path.write_text(f"# mcp-vllm plan {self.model}\n{text}", encoding="utf-8")
         except OSError as error:
@@ -114,8 +111,9 @@ class TaskPartitioner:
 
     Args:
         model: folder, or name on the Hub.
-        device_map: "local" is a device of this machine ("cpu", "cuda:0": measured when planning) or
-            a file of figures; "cloud" is mcp://HOST:PORT of a stage (measured) or a file of figures.
+        device_map: "local" is a device of this machine ("cpu", "cuda:0": measured when
+            planning) or a file of figures; "cloud" is a stage (mcp://HOST:PORT, measured) or a
+            file of figures.
         load: what to plan for.
         link: of the two; None: measured through the stage.
         form: of activations on the wire.
@@ -132,7 +130,7 @@ class TaskPartitioner:
         model: str,
         device_map: Mapping[str, str],
         *,
-        load: Load = Load(prompt=512, output=128, batch=1, budget=2048),
+        load: Load = DEFAULT_LOAD,
         link: LinkFit | None = None,
         form: str = "raw",
         dtype: str | None = None,

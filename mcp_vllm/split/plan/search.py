@@ -85,9 +85,7 @@ def search(model: CostModel, load: Load, limits: Limits) -> Found:
         raise ValueError(f"a model of {num_layers} layers cannot be split: 3 are the least")
     made = {split: evaluate(model, load, limits, split) for split in all_splits(num_layers)}
     ordered = sorted(made.values(), key=lambda each: (not each.fits, each.request_s, each.split))
-    return Found(
-        evaluate(model, load, limits, None), made[1, num_layers - 1], tuple(ordered)
-    )
+    return Found(evaluate(model, load, limits, None), made[1, num_layers - 1], tuple(ordered))
 
 
 def evaluate(model: CostModel, load: Load, limits: Limits, split: Split | None) -> Candidate:
@@ -98,7 +96,7 @@ def evaluate(model: CostModel, load: Load, limits: Limits, split: Split | None) 
         split,
         ttft_s,
         token_s,
-        ttft_s + (load.output - 1) * token_s,
+        ttft_s + (load.answer - 1) * token_s,
         local,
         stage,
         local <= limits.usable_local_bytes and stage <= limits.stage_bytes,

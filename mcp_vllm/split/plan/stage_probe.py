@@ -29,8 +29,17 @@ from mcp_vllm.split.plan.figures import (
     typical,
 )
 from mcp_vllm.split.plan.shape import ModelShape, Work
-from mcp_vllm.split.wire import Acts, Continued, Hello, Kind, KvGroup, KvInit, NewRequest, Step
-from mcp_vllm.split.wire import StepSeconds
+from mcp_vllm.split.wire import (
+    Acts,
+    Continued,
+    Hello,
+    Kind,
+    KvGroup,
+    KvInit,
+    NewRequest,
+    Step,
+    StepSeconds,
+)
 
 _REPEAT = 8
 # Between a step and its activations, as the engine's first layers would take: the stage prepares.
@@ -146,7 +155,9 @@ class _Probe:
     def _step(self, work: Work, keep: bool) -> None:
         link = self._link
         self._number += 1
-        rows = torch.randn(work.num_tokens, self._shape.hidden).to(getattr(torch, self._shape.dtype))
+        rows = torch.randn(work.num_tokens, self._shape.hidden).to(
+            getattr(torch, self._shape.dtype)
+        )
         residual = rows.clone() if link.form.has_residual else None
         link.begin(self._number, self._send)
         time.sleep(_LEAD_S)
