@@ -33,7 +33,7 @@ from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.demo.engines import default_environment
 from mcp_vllm.demo.weights import ensure_gemma
 from mcp_vllm.split.plan.cost import CostModel, Load, Split
-from mcp_vllm.split.plan.figures import typical
+from mcp_vllm.split.plan.figures import Figures, LinkFigures, typical
 from mcp_vllm.split.plan.fit import LinkFit, fit_link, fit_machine
 from mcp_vllm.split.plan.measure import measure_here
 from mcp_vllm.split.plan.read import read_model
@@ -77,20 +77,21 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama,gemma")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write all cases there")
+    parser.add_argument("--keep", type=Path, help="a folder: keep the figures there")
     args = parser.parse_args()
     print(one_line())
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models.split(","):
             model = _llama(Path(folder)) if name == "llama" else ensure_gemma()
-            rows += compare(name, model)
+            rows += compare(name, model, args.keep)
             report(rows)
     if args.json:
         args.json.write_text(json.dumps([vars(each) | {"error": each.error} for each in rows]))
 
 
-def compare(name: str, model: Path) -> list[Row]:
+def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     shape = read_model(str(model))
     whole = (1, shape.num_layers - 1)
     links: dict[str, LinkFit] = {}
@@ -99,16 +100,16 @@ def compare(name: str, model: Path) -> list[Row]:
         for label, shaped.delay_s, shaped.bytes_s in LINKS:
             figures, transfers = probe_stage(_config(whole, shaped), shape, LONGEST)
             links[label] = fit_link(transfers)
+            _keep(keep, f"{name}-link-{len(links)}", transfers)
             if label == LINKS[0][0]:
+                _keep(keep, f"{name}-stage", figures)
                 cloud = fit_machine(figures, shape, "--cloud", as_stage=True)
     request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
-    local = fit_machine(measure_here(request), shape, "--local", as_stage=False)
+    engine_figures = measure_here(request)
+    _keep(keep, f"{name}-engine", engine_figures)
+    local = fit_machine(engine_figures, shape, "--local", as_stage=False)
     print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
     rows = []
-    with engine(model) as process:
-        costs = CostModel(shape, local)
-        for prompt, batch in PROMPTS:
-            rows += _row(costs, name, None, "none", prompt, batch, _ask(process, prompt, batch))
     for split in SPLITS[name]:
         with stage_at(model, split) as (_, shaped):
             shaped.delay_s, shaped.bytes_s = 0.0, None
@@ -121,6 +122,10 @@ def compare(name: str, model: Path) -> list[Row]:
                         made = _row(costs, name, split, label, prompt, batch, measured)
                         rows += made
                         print(*(_line(each) for each in made), sep="\n", flush=True)
+    with engine(model) as process:
+        for prompt, batch in PROMPTS:
+            measured = _ask(process, prompt, batch)
+            rows += _row(CostModel(shape, local), name, None, "none", prompt, batch, measured)
     return rows
 
 
@@ -199,6 +204,12 @@ def _tell(process: subprocess.Popen[str], line: dict[str, Any]) -> Any:
     if not answer:
         raise SystemExit("the engine has ended: see build/test-logs/plan-engine.log")
     return json.loads(answer)
+
+
+def _keep(folder: Path | None, name: str, figures: Figures | LinkFigures) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(figures.model_dump_json())
 
 
 def _row(

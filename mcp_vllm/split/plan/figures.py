@@ -14,14 +14,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mcp_vllm.split.errors import SplitError
-from mcp_vllm.split.plan.shape import ModelShape, Work
+from mcp_vllm.split.plan.shape import Dtype, ModelShape, Work
 
 _MAX_FILE_BYTES = 16 << 20
 _MAX_SAMPLES = 20_000
 Seconds = Annotated[float, Field(gt=0, lt=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Name = Annotated[str, Field(max_length=200)]
-Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 class FiguresError(SplitError):

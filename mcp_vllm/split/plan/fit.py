@@ -123,7 +123,7 @@ def fit_rates(samples: Sequence[LayerTime], shape: ModelShape) -> Rates:
     turns = np.unique(intensity)
     if len(turns) > _MAX_TURNS:
         turns = np.quantile(turns, np.linspace(0, 1, _MAX_TURNS))
-    best: Rates | None = None
+    candidates: list[tuple[float, Rates]] = []
     for turn in (*turns, math.inf):  # all compute ... all read
         computes = intensity >= turn
         columns = np.stack(
@@ -142,11 +142,9 @@ def fit_rates(samples: Sequence[LayerTime], shape: ModelShape) -> Rates:
             byte_s = float(np.min(flops * flop_s / read))
         time_s = np.bincount(owner, np.maximum(flops * flop_s, read * byte_s), len(samples))
         errors = np.abs((time_s + counts * layer_s) / seconds - 1)
-        rates = Rates(flop_s, byte_s, layer_s, float(np.mean(errors)))
-        if best is None or rates.error < best.error:
-            best, best_errors = rates, errors
-    assert best is not None
-    return Rates(best.flop_s, best.byte_s, best.layer_s, float(np.median(best_errors)))
+        rates = Rates(flop_s, byte_s, layer_s, float(np.median(errors)))
+        candidates.append((float(np.mean(errors)), rates))
+    return min(candidates, key=lambda each: each[0])[1]
 
 
 def fit_link(figures: LinkFigures) -> LinkFit:

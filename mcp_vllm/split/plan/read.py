@@ -9,10 +9,10 @@ import math
 import struct
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from mcp_vllm.split.errors import SplitError
-from mcp_vllm.split.plan.shape import LayerShape, ModelShape
+from mcp_vllm.split.plan.shape import Dtype, LayerShape, ModelShape
 
 _MAX_HEADER_BYTES = 64 << 20
 _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
@@ -55,10 +55,8 @@ def shape_of(
     from mcp_vllm.split.activations import FORMS, Form
 
     text = config.get_text_config()
-    dtype = dtype or str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelUnreadable(f"{name}: unknown dtype {dtype!r}")
-    kind: torch.dtype = getattr(torch, dtype)
+    known = _known_dtype(name, dtype or str(getattr(text, "dtype", None) or "bfloat16"))
+    kind: torch.dtype = getattr(torch, known)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
@@ -81,7 +79,7 @@ def shape_of(
         outer[id(model.get_input_embeddings().weight)] = head.weight.numel()
     return ModelShape(
         name=name,
-        dtype=dtype,
+        dtype=known,
         hidden=text.hidden_size,
         layers=layers,
         outer_bytes=stored_outer or sum(outer.values()) * kind.itemsize,
@@ -91,6 +89,13 @@ def shape_of(
             form: Form(form, text.hidden_size, kind, True).payload_bytes(1) for form in FORMS
         },
     )
+
+
+def _known_dtype(name: str, dtype: str) -> Dtype:
+    for known in get_args(Dtype):
+        if dtype.removeprefix("torch.") == known:
+            return cast(Dtype, known)
+    raise ModelUnreadable(f"{name}: dtype {dtype!r} is none of {', '.join(get_args(Dtype))}")
 
 
 def _decoder_layers(model: Any, num_layers: int, name: str) -> tuple[str, Any]:

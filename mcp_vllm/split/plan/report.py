@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from mcp_vllm.split.plan.cost import Split
@@ -116,7 +117,7 @@ def picture(plan: Plan, path: Path) -> None:
         [each.split[0] for each in splits if each.split],
         [each.split[1] for each in splits if each.split],
         c=[each.request_s for each in splits],
-        alpha=[1.0 if each.fits else 0.25 for each in splits],
+        alpha=np.array([1.0 if each.fits else 0.25 for each in splits]),  # type: ignore[arg-type]
         cmap="viridis_r",
         marker="s",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from mcp_vllm.split.plan.cost import Load
-from mcp_vllm.split.plan.figures import Dtype
+from mcp_vllm.split.plan.shape import Dtype
 
 # Enough for each kind of layer in models that mix them (Gemma repeats after six).
 MOST_LAYERS = 8

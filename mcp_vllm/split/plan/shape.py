@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class ModelShape:
 
     Attributes:
         name: the folder's name.
-        dtype: of activations and KV, as torch names it ("bfloat16").
+        dtype: of activations and KV.
         hidden: width of an activation.
         outer_bytes: weights that always stay local: embedding, last norm, head (tied: once).
         outer_parameters: their number.
@@ -100,7 +103,7 @@ class ModelShape:
     """
 
     name: str
-    dtype: str
+    dtype: Dtype
     hidden: int
     layers: tuple[LayerShape, ...]
     outer_bytes: int
