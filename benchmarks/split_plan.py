@@ -169,6 +169,7 @@ def engine(model: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
         "max_num_seqs": LONGEST.batch,
         "kv_cache_memory_bytes": 256 << 20,
         "skip_tokenizer_init": True,
+        "async_scheduling": False,
     }
     log = REPOSITORY / "build" / "test-logs" / "plan-engine.log"
     with log.open("w") as errors:

@@ -120,9 +120,9 @@ def fit_rates(samples: Sequence[LayerTime], shape: ModelShape) -> Rates:
     flops, read, seconds, owner = _terms(samples, shape)
     counts = np.array([each.end - each.first for each in samples], float)
     intensity = flops / read
-    turns = np.unique(intensity)
+    turns = np.unique(intensity).tolist()
     if len(turns) > _MAX_TURNS:
-        turns = np.quantile(turns, np.linspace(0, 1, _MAX_TURNS))
+        turns = np.quantile(turns, np.linspace(0, 1, _MAX_TURNS)).tolist()
     candidates: list[tuple[float, Rates]] = []
     for turn in (*turns, math.inf):  # all compute ... all read
         computes = intensity >= turn

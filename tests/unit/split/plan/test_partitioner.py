@@ -22,6 +22,7 @@ from mcp_vllm.split.plan.partitioner import Plan, PlanError
 from mcp_vllm.split.plan.read import shape_of
 
 LOAD = Load(prompt=100, answer=20, batch=2, budget=64)
+QUICK = LinkFit(1e-4, 1e-9)
 STAGE = "127.0.0.1:7090"
 
 
@@ -40,7 +41,7 @@ def changed(config, **changes):
     return type(config)(**config.to_dict() | changes)
 
 
-def plan_of(places: dict[str, str], link: LinkFit = LinkFit(1e-4, 1e-9), **settings) -> Plan:
+def plan_of(places: dict[str, str], link: LinkFit | None = QUICK, **settings) -> Plan:
     model = Path(places["local"]).parent / "model"
     settings = {"load": LOAD, "link": link, "dtype": "float32"} | settings
     return TaskPartitioner(str(model), places, **settings).plan()
