@@ -19,6 +19,9 @@ Life of a connection (> from the engine, < from the stage):
       ...        Step of nothing to run has neither Acts nor Reply
     > Bye        or just the end of the connection
 
+A Hello that says `measuring` is for planning: the lease is an ordinary one, its rows are made up,
+and each Reply says what the step took.
+
 Steps are numbered from 1, and Acts and Reply carry their step's number: any other is an error.
 At any time each side may send Ping, which is answered by Pong at once, also during a step and
 while the stage still loads. After Error nothing follows.
