@@ -67,14 +67,14 @@ class _Engine:
         """So many prompts of this length at once, and some steps of decode."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            max_tokens=_DECODE_STEPS + 1, ignore_eos=True, temperature=0.0, detokenize=False
-        )
+        total = requests * prompt
+        # The first of several prompts generates while the last is prefilled.
+        most = _DECODE_STEPS + 2 + total // budget
+        params = SamplingParams(max_tokens=most, ignore_eos=True, temperature=0.0, detokenize=False)
         for _ in range(requests):
             self._number += 1
             tokens = [(self._number * 7 + i * 13) % 97 + 3 for i in range(prompt)]
             self._vllm.add_request(str(self._number), {"prompt_token_ids": tokens}, params)
-        total = requests * prompt
         for start in range(0, total, budget):
             step = min(budget, total - start)
             shape = None
@@ -91,9 +91,10 @@ class _Engine:
 
     def _step(self, work: Work | None) -> None:
         started = time.perf_counter()
-        self._vllm.step()
+        outputs = self._vllm.step()
         seconds = time.perf_counter() - started
-        if work is not None:
+        is_whole = work is not None and (not work.is_decode or len(outputs) == work.requests)
+        if work is not None and is_whole:
             timed = self.timed[_rounded(work)]
             timed.layers.append(list(self._timer.seconds))
             timed.rest.append(max(seconds - sum(self._timer.seconds), 1e-6))

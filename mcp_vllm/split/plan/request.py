@@ -9,6 +9,8 @@ from mcp_vllm.split.plan.shape import Dtype
 
 # Enough for each kind of layer in models that mix them (Gemma repeats after six).
 MOST_LAYERS = 8
+_SHORTEST = 128
+_ANSWER = 32  # tokens that a measured request may generate
 
 
 class MeasureRequest(BaseModel):
@@ -41,14 +43,14 @@ class MeasureRequest(BaseModel):
             layers=min(num_layers, MOST_LAYERS),
             batch=max(load.batch, 2),
             budget=load.budget,
-            context=load.context + 32,
+            context=max(load.context, _SHORTEST),
             memory_bytes=memory_bytes,
         )
 
     def shapes(self) -> list[tuple[int, int]]:
         """(requests, prompt) of every run: lengths from short to the longest, one request and
         the whole batch, prompts that need several steps among them."""
-        longest = self.context - 16
+        longest = self.context - _ANSWER
         prompts = {min(each, longest) for each in (17, 64, 160, 384, self.budget, longest)}
         batches = sorted({2, max(2, self.batch // 2), self.batch})
         many = [(batch, min(prompt, longest)) for batch in batches for prompt in (32, longest // 2)]
