@@ -25,17 +25,17 @@ def table(plan: Plan, rows: int) -> Table:
     )
     for name, justify in (
         ("", "left"),
-        ("layers at the stage", "left"),
+        ("stage has", "left"),
         ("TTFT ms", "right"),
-        ("ms a token", "right"),
+        ("ms/token", "right"),
         ("request s", "right"),
         ("local MiB", "right"),
         ("stage MiB", "right"),
         ("fits", "left"),
     ):
-        made.add_column(name, justify=justify)  # type: ignore[arg-type]
-    _add(made, plan, found.local, "everything local")
-    _add(made, plan, found.remote, f"{_layers(found.remote.split)} (all that can)")
+        made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    _add(made, plan, found.local, "nothing")
+    _add(made, plan, found.remote, f"{_layers(found.remote.split)} (all it can)")
     made.add_section()
     for each in found.splits[:rows]:
         _add(made, plan, each, _layers(each.split))
@@ -156,8 +156,8 @@ def _shortage(plan: Plan, each: Candidate) -> str:
     if each.fits:
         return "yes"
     if each.local_bytes > plan.limits.usable_local_bytes:
-        return "no: local"
-    return "no: stage"
+        return "not local"
+    return "not stage"
 
 
 def _candidate(each: Candidate) -> dict[str, Any]:

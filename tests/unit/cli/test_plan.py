@@ -34,7 +34,7 @@ def test_a_plan_from_files_prints_a_table_and_writes_the_split(folder, monkeypat
     monkeypatch.chdir(folder)
     result = run(folder, "--write", "split.yaml", "--stage", "127.0.0.1:7090")
     assert result.exit_code == 0, result.output
-    assert "everything local" in result.stdout
+    assert "nothing" in result.stdout
     assert "Best: layers 1:2 at the stage" in result.stdout
     assert "layers: '1:2'" in Path("split.yaml").read_text()
 
