@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from mcp_vllm.split.plan.cost import Split
@@ -20,22 +21,23 @@ def table(plan: Plan, rows: int) -> Table:
     """The quickest splits, everything local and everything remote; the best one is marked."""
     load, found = plan.load, plan.found
     made = Table(
+        box=box.SIMPLE_HEAD,
         title=f"{plan.shape.name}: {load.prompt} + {load.answer} tokens, {load.batch} at once, "
-        f"{plan.form} activations"
+        f"{plan.form} activations",
     )
     for name, justify in (
         ("", "left"),
-        ("stage has", "left"),
-        ("TTFT ms", "right"),
-        ("ms/token", "right"),
-        ("request s", "right"),
-        ("local MiB", "right"),
-        ("stage MiB", "right"),
+        ("layers at\nthe stage", "left"),
+        ("TTFT\nms", "right"),
+        ("token\nms", "right"),
+        ("request\ns", "right"),
+        ("local\nMiB", "right"),
+        ("stage\nMiB", "right"),
         ("fits", "left"),
     ):
         made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     _add(made, plan, found.local, "nothing")
-    _add(made, plan, found.remote, f"{_layers(found.remote.split)} (all it can)")
+    _add(made, plan, found.remote, f"{_layers(found.remote.split)} (all)")
     made.add_section()
     for each in found.splits[:rows]:
         _add(made, plan, each, _layers(each.split))
