@@ -26,7 +26,7 @@ from mcp_vllm.split.access import Access, AccessDenied
 from mcp_vllm.split.activations import FORMS, Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
-from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, Welcome
+from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, StepSeconds, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ class Lease(Protocol):
 
     def settle(self, step: Step) -> None:
         """Take note of a step in which nothing runs. Raises StageRefused."""
+
+    def layer_seconds(self) -> list[float]:
+        """What each layer took in the last step; only of a lease that measures."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -204,7 +207,9 @@ class _LeaseThread:
     def run(self, peer: str, end: Callable[[Channel, str, Exception], None]) -> None:
         lease: Lease | None = None
         try:
-            _check_facts(self._backend.facts(), self._hello.facts)
+            facts = self._backend.facts()
+            if not self._hello.measuring:
+                _check_facts(facts, self._hello.facts)
             lease = self._backend.open(self._hello)
             self._metrics.leases.inc()
             self._serve(lease)
@@ -250,7 +255,9 @@ class _LeaseThread:
             return order, rows
 
         payload = form.encode(lease.run(step, take))
-        self._channel.send(Kind.REPLY, None, payload, number)
+        seconds = time.perf_counter() - started
+        measured = StepSeconds(seconds, lease.layer_seconds()) if self._hello.measuring else None
+        self._channel.send(Kind.REPLY, measured, payload, number)
         self._metrics.steps.inc()
         self._metrics.tokens.inc(step.num_tokens)
         self._metrics.step_seconds.observe(time.perf_counter() - started)

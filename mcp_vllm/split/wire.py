@@ -19,6 +19,9 @@ Life of a connection (> from the engine, < from the stage):
       ...        Step of nothing to run has neither Acts nor Reply
     > Bye        or just the end of the connection
 
+A Hello that says `measuring` is for planning: the lease is an ordinary one, its rows are made up,
+and each Reply says what the step took.
+
 Steps are numbered from 1, and Acts and Reply carry their step's number: any other is an error.
 At any time each side may send Ping, which is answered by Pong at once, also during a step and
 while the stage still loads. After Error nothing follows.
@@ -81,6 +84,8 @@ class Hello(msgspec.Struct, frozen=True):
         max_requests: requests a step may have.
         max_tokens: tokens a step may have.
         form: of activations, one of activations.FORMS.
+        measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
+            Reply has StepSeconds as its metadata.
     """
 
     facts: dict[str, str]
@@ -89,10 +94,35 @@ class Hello(msgspec.Struct, frozen=True):
     max_tokens: int
     form: str
     token: str | None = None
+    measuring: bool = False
 
 
 # A KV cache spec of vLLM: the name of its class, and its fields.
 KvSpec = tuple[str, dict[str, int | bool | str | None]]
+
+
+class About(msgspec.Struct, frozen=True):
+    """A stage, for planning.
+
+    Attributes:
+        layers: FIRST:END that it holds.
+        memory_bytes: free before it loaded anything.
+        dtypes: names of what its machine computes in natively.
+    """
+
+    layers: str
+    machine: str
+    memory_bytes: int
+    dtypes: list[str]
+    dtype: str
+
+
+class StepSeconds(msgspec.Struct, frozen=True):
+    """What a step took at the stage, from its activations' arrival to the answer, and of that
+    each layer."""
+
+    total: float
+    layers: list[float]
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -107,6 +137,7 @@ class Welcome(msgspec.Struct, frozen=True):
     kv_bytes: int
     tensors: list[str]
     width: int
+    about: About | None = None
 
 
 class KvGroup(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ from vllm.v1.worker.utils import clear_layer_kv_caches
 from mcp_vllm.split import wire
 from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.engine.kv_specs import decode_group
+from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
 from mcp_vllm.split.wire import Hello, KvInit, Step, Welcome
@@ -68,14 +69,17 @@ class StageLease:
         hello: Hello,
         welcome: Welcome,
         on_close: Callable[[], None],
+        timer: LayerTimer | None = None,
     ) -> None:
         """Raises StageRefused: the engine's batches do not fit."""
         self.welcome = welcome
         self._hello = hello
         self._turn = turn
         self._on_close = on_close
+        self._timer = timer
         self._config = _lease_config(config, hello)
         self._kv_caches: dict[str, Any] = {}
+        self._layer_seconds: list[float] = []
         self._decoder: StepDecoder | None = None
         with turn.lock, set_current_vllm_config(self._config):
             self._runner = make_runner(self._config)
@@ -115,6 +119,8 @@ class StageLease:
             self._turn.bind(self, self._kv_caches)
             rows = _Awaited(lambda: self._rows(step, take))
             result = self._runner.execute_model(output, rows)
+            if self._timer is not None:
+                self._layer_seconds = list(self._timer.seconds)
             return rows.in_engine_order(result.tensors, step.num_tokens)
 
     @torch.inference_mode()
@@ -124,9 +130,14 @@ class StageLease:
             self._turn.bind(self, self._kv_caches)
             self._runner.execute_model(output)
 
+    def layer_seconds(self) -> list[float]:
+        return self._layer_seconds
+
     def close(self) -> None:
         with self._turn.lock:
             self._turn.unbind(self)
+            if self._timer is not None:
+                self._timer.remove()
         self._kv_caches = {}
         self._runner = None
         gc.collect()

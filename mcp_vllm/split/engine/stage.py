@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -22,8 +23,10 @@ from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import StageConfig, parse_layers
 from mcp_vllm.split.access import Access
 from mcp_vllm.split.engine.kv_specs import encode_spec
+from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.layers import OnlySpan
 from mcp_vllm.split.engine.lease import StageLease, Turn
+from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
 from mcp_vllm.split.engine.middle import loading_only, middle_of_pipeline
 from mcp_vllm.split.engine.support import (
     SplitUnsupported,
@@ -34,7 +37,7 @@ from mcp_vllm.split.engine.support import (
 from mcp_vllm.split.errors import StageRefused
 from mcp_vllm.split.stage_http import serve_http
 from mcp_vllm.split.stage_server import StageServer
-from mcp_vllm.split.wire import Hello, Welcome
+from mcp_vllm.split.wire import About, Hello, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class StageModel:
 
     def load(self) -> None:
         """Load the layers. Raises whatever vLLM raises, or LayersUnsupported."""
+        memory_bytes = free_bytes()
         self._worker = WorkerWrapperBase(rpc_rank=0)
         kwargs = {
             "vllm_config": self._config,
@@ -94,6 +98,13 @@ class StageModel:
             tensors=sorted(like),
             width=like["hidden_states"].shape[-1],
         )
+        self._about = About(
+            layers=f"{self._span[0]}:{self._span[1]}",
+            machine=machine_name(),
+            memory_bytes=memory_bytes,
+            dtypes=native_dtypes(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
         layers = self._config.compilation_config.static_forward_context
         self._turn = Turn({name: layers[name] for name in specs})
         self._facts = agreed_facts(self._config, self._span)
@@ -111,13 +122,20 @@ class StageModel:
                     f"all {self._max_leases} leases are taken (--leases of the stage)",
                 )
             self._open_leases += 1
+        welcome, timer = self._welcome, None
         try:
+            if hello.measuring:
+                welcome, timer = msgspec.structs.replace(welcome, about=self._about), self._timer()
             return StageLease(
-                self._config, self._make_runner, self._turn, hello, self._welcome, self._closed
+                self._config, self._make_runner, self._turn, hello, welcome, self._closed, timer
             )
         except BaseException:
             self._closed()
             raise
+
+    def _timer(self) -> LayerTimer:
+        assert self._plan.layers is not None
+        return LayerTimer(self._plan.layers[slice(*self._span)], self.device)
 
     def _make_runner(self, config: VllmConfig) -> Any:
         """A model runner over our layers, with request states of its own."""

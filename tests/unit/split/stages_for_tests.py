@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from mcp_vllm.config.split import SplitConfig, StageSecurity
@@ -16,7 +17,7 @@ from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.errors import StageRefused
 from mcp_vllm.split.link import Link, Stages
 from mcp_vllm.split.stage_server import Rows, StageServer
-from mcp_vllm.split.wire import Hello, KvGroup, KvInit, NewRequest, Step, Welcome
+from mcp_vllm.split.wire import About, Hello, KvGroup, KvInit, NewRequest, Step, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 WIDTH = 8
@@ -40,6 +41,7 @@ class AddingLayers:
         self.loaded = threading.Event()
         self.loaded.set()
         self.leases: list[AddingLease] = []
+        self.measured: MeasuredLease | None = None
 
     def facts(self) -> Mapping[str, str]:
         self.loaded.wait()
@@ -48,7 +50,7 @@ class AddingLayers:
     def open(self, hello: Hello) -> AddingLease:
         if len(self.leases) >= self.max_leases:
             raise StageRefused("", "busy", "all leases are taken")
-        lease = AddingLease(self)
+        lease = MeasuredLease(self) if hello.measuring else AddingLease(self)
         self.leases.append(lease)
         return lease
 
@@ -70,11 +72,37 @@ class AddingLease:
         assert rows.residual is not None
         return Activations(rows.hidden + 1, rows.residual + 2)
 
+    def layer_seconds(self) -> list[float]:
+        raise AssertionError("not a lease that measures")
+
     def settle(self, step: Step) -> None:
         self.settled.append(step)
 
     def close(self) -> None:
         self._backend.leases.remove(self)
+
+
+class MeasuredLease(AddingLease):
+    """Of a lease that measures: keeps what it is told, and says times that were agreed on."""
+
+    LAYER_S = (1e-6, 2e-6)
+    about = About("1:3", "made-up", 1 << 30, ["float32", "bfloat16"], "bfloat16")
+    welcome = msgspec.structs.replace(AddingLease.welcome, about=about)
+
+    def __init__(self, backend: AddingLayers) -> None:
+        super().__init__(backend)
+        self.steps: list[Step] = []
+        backend.measured = self
+
+    def init_kv(self, kv_init: KvInit) -> None:
+        self.kv_init = kv_init
+
+    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+        self.steps.append(step)
+        return super().run(step, take)
+
+    def layer_seconds(self) -> list[float]:
+        return list(self.LAYER_S)
 
 
 @dataclass
