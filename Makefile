@@ -63,8 +63,8 @@ lint: $(STAMP) ## Check style, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-docs: $(STAMP) ## Write docs/configuration.md and docs/api.md from the code
-	$(PY) -m mcp_vllm.config.docs docs/configuration.md
+docs: $(STAMP) ## Write the pages of settings and docs/api.md from the code
+	$(PY) -m mcp_vllm.config.docs docs
 	$(PY) -m mcp_vllm.agent.openapi docs/api.md
 
 lock: $(STAMP) ## Resolve requirements/cpu.lock again

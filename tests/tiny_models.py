@@ -94,6 +94,19 @@ def write_tiny_model(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_wide_model(folder: Path, num_layers: int) -> tuple[Path, int]:
+    """A Llama of so many layers, each large enough to be seen in a process's memory; returns the
+    folder, and the bytes of a layer's weights."""
+    shape = {**_SHARED, "hidden_size": 1024, "intermediate_size": 8192}
+    config = LlamaConfig(num_hidden_layers=num_layers, num_key_value_heads=2, head_dim=64, **shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = AutoModel.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    layer = model.model.layers[0]
+    return folder, sum(each.numel() * each.element_size() for each in layer.parameters())
+
+
 @torch.no_grad()
 def _randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
     for name, parameter in sorted(model.named_parameters()):

@@ -26,6 +26,8 @@ class Command:
 COMMANDS = {
     "demo": Command("mcp_vllm.cli.demo", "Move a chat between two real engines, show the saving."),
     "agent": Command("mcp_vllm.cli.agent", "Run a context agent on its own."),
+    "stage": Command("mcp_vllm.cli.stage", "Run some layers of a model for engines elsewhere."),
+    "plan": Command("mcp_vllm.cli.plan", "Where to split a model, and whether it pays."),
     "doctor": Command("mcp_vllm.cli.doctor", "Say what would stop it from working here."),
     "sessions": Command("mcp_vllm.cli.sessions", "List, move, fork, pin, park, export sessions."),
     "peers": Command("mcp_vllm.cli.peers", "Show the peers, their links and codecs."),

@@ -22,7 +22,9 @@ def token(
     sub: Annotated[str, typer.Option(help="Who will present it.")],
     scope: Annotated[
         str,
-        typer.Option(help="Of sessions:read sessions:write blocks:read admin; space between."),
+        typer.Option(
+            help="Of sessions:read sessions:write blocks:read stage:run admin; space between."
+        ),
     ],
     tenant: Annotated[
         str | None, typer.Option(help="The only tenant it sees; without: all (admin, agents).")

@@ -52,7 +52,8 @@ def _registry_url(text: str) -> str:
     return text
 
 
-def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+def unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    """The values, each of which is there once. Raises ValueError."""
     for index, value in enumerate(values):
         if value in values[:index]:
             raise ValueError(f'"{value}" is listed twice')
@@ -76,13 +77,15 @@ WireCodecName = Annotated[str, _known("codec", (AUTO, *KNOWN_CODECS, *LOSSY_TIER
 LossyTier = Annotated[str, _known("lossy tier", LOSSY_TIERS)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """What every group of settings is: closed, frozen, each key with its sentence."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section):
     """The context agent: the process that stores blocks and talks to peers."""
 
     socket: Path | None = None
@@ -125,7 +128,7 @@ class AgentConfig(_Section):
     `always`: to spare the engine's processor."""
 
 
-class CodecConfig(_Section):
+class CodecConfig(Section):
     """How blocks are compressed, in the store and on the wire."""
 
     name: CodecName = "lossless"
@@ -138,11 +141,11 @@ class CodecConfig(_Section):
     """Codec in which blocks are asked for from peers. `auto`: the one that brings them soonest over
     the link as measured, of those without loss and those that `lossy` allows."""
 
-    lossy: Annotated[tuple[LossyTier, ...], AfterValidator(_unique)] = ()
+    lossy: Annotated[tuple[LossyTier, ...], AfterValidator(unique)] = ()
     """Lossy tiers that may be used between peers: `near-lossless`, `balanced`, `small`. Blocks that
     went through one are given only to those who allow it too."""
 
-    lossy_tenants: Annotated[tuple[str, ...], AfterValidator(_unique)] = Field(
+    lossy_tenants: Annotated[tuple[str, ...], AfterValidator(unique)] = Field(
         default=(), max_length=10_000
     )
     """Tenants that `lossy` is for; empty: for all. With tenants named, it holds for their requests
@@ -158,10 +161,10 @@ class CodecConfig(_Section):
         return self.lossy if everybody or (salted and tenant in self.lossy_tenants) else ()
 
 
-class DiscoveryConfig(_Section):
+class DiscoveryConfig(Section):
     """Peers that are found while serving, beside those in `peers`; they may come and go."""
 
-    dns: Annotated[tuple[PeerAddress, ...], AfterValidator(_unique)] = Field(
+    dns: Annotated[tuple[PeerAddress, ...], AfterValidator(unique)] = Field(
         default=(), max_length=16
     )
     """NAME:PORT whose addresses are all peers (A and AAAA), as of a Kubernetes headless service.
@@ -191,7 +194,7 @@ class DiscoveryConfig(_Section):
         return bool(self.dns) or self.registry is not None
 
 
-class TenantQuota(_Section):
+class TenantQuota(Section):
     """What one tenant may have at most, in place of what every tenant may."""
 
     tenant: str = Field(min_length=1, max_length=256)
@@ -205,16 +208,16 @@ class TenantQuota(_Section):
 
 
 def _one_quota_each(quotas: tuple[TenantQuota, ...]) -> tuple[TenantQuota, ...]:
-    _unique(tuple(quota.tenant for quota in quotas))
+    unique(tuple(quota.tenant for quota in quotas))
     return quotas
 
 
-class TenantsConfig(_Section):
+class TenantsConfig(Section):
     """Tenants of one agent: what they share, and how much each may have. Blocks are found by their
     content inside a tenant only. Over a quota, the tenant's own blocks and sessions leave, those
     used longest ago first."""
 
-    shared: Annotated[tuple[str, ...], AfterValidator(_unique)] = Field(default=(), max_length=32)
+    shared: Annotated[tuple[str, ...], AfterValidator(unique)] = Field(default=(), max_length=32)
     """Tenants whose blocks every tenant may use, for system prompts: what a request of such a
     tenant computes is there for all. The same on all hosts."""
 
@@ -244,8 +247,8 @@ class TenantsConfig(_Section):
         return self.sessions if quota is None else quota.sessions
 
 
-class TlsConfig(_Section):
-    """PEM files of this agent; all three, or none. Replaced files are used within seconds."""
+class TlsConfig(Section):
+    """PEM files of this process; all three, or none. Replaced files are used within seconds."""
 
     certificate: Path | None = None
     """Certificate of this host, with intermediate ones after it; for both sides of a connection."""
@@ -270,7 +273,7 @@ class TlsConfig(_Section):
         return self
 
 
-class SecurityConfig(_Section):
+class SecurityConfig(Section):
     """Who may reach the agent. With `tls` or `token_keys`, every request must say who asks."""
 
     tls: TlsConfig = TlsConfig()
@@ -296,7 +299,7 @@ class SecurityConfig(_Section):
     """File for one JSON line for each session operation, export of blocks and refusal."""
 
 
-class Config(_Section):
+class Config(Section):
     """The configuration of one engine and its agent."""
 
     version: Literal[1] = 1
@@ -305,7 +308,7 @@ class Config(_Section):
     host_cache_bytes: ByteSize = Field(default=ByteSize(_GIB), ge=_MIB, le=_MAX_BYTES)
     """The engine's host cache: shared memory for uncompressed blocks (vLLM's primary tier)."""
 
-    peers: Annotated[tuple[PeerAddress, ...], AfterValidator(_unique)] = Field(
+    peers: Annotated[tuple[PeerAddress, ...], AfterValidator(unique)] = Field(
         default=(), max_length=256
     )
     """HOST:PORT of other hosts' agents, asked for blocks that are not held here."""

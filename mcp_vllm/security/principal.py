@@ -7,8 +7,9 @@ from dataclasses import dataclass
 SESSIONS_READ = "sessions:read"
 SESSIONS_WRITE = "sessions:write"
 BLOCKS_READ = "blocks:read"
+STAGE_RUN = "stage:run"
 ADMIN = "admin"
-SCOPES = (SESSIONS_READ, SESSIONS_WRITE, BLOCKS_READ, ADMIN)
+SCOPES = (SESSIONS_READ, SESSIONS_WRITE, BLOCKS_READ, STAGE_RUN, ADMIN)
 
 
 @dataclass(frozen=True)

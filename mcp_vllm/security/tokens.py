@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from mcp_vllm.security.errors import SecurityError
 from mcp_vllm.security.file_stamp import Stamp, stamp
-from mcp_vllm.security.principal import ADMIN, BLOCKS_READ, SCOPES, Principal
+from mcp_vllm.security.principal import ADMIN, BLOCKS_READ, SCOPES, STAGE_RUN, Principal
 from mcp_vllm.security.token_keys import MIN_RSA_BITS, MIN_SECRET_BYTES, read_token_keys
 
 MAX_TOKEN_CHARS = 8192
@@ -96,7 +96,7 @@ def _principal(claims: Mapping[str, Any]) -> Principal:
     if "tenant" in claims and not _is_name(tenant):
         raise TokenError("malformed")
     scopes = frozenset(scope.split(" ")) & frozenset(SCOPES)
-    if tenant is None and ADMIN not in scopes and not scopes <= {BLOCKS_READ}:
+    if tenant is None and ADMIN not in scopes and not scopes <= {BLOCKS_READ, STAGE_RUN}:
         raise TokenError("neither a tenant nor admin")
     return Principal(f"token:{subject}", scopes, tenant)
 

@@ -6,9 +6,10 @@ import logging
 import os
 
 
-def configure_logging() -> None:
-    """Set up the root logger; the level is INFO unless MCP_VLLM_LOG_LEVEL says otherwise."""
+def configure_logging(program: str = "mcp-agent") -> None:
+    """Set up the root logger, whose records name `program`; the level is INFO unless
+    MCP_VLLM_LOG_LEVEL says otherwise."""
     logging.basicConfig(
         level=os.environ.get("MCP_VLLM_LOG_LEVEL", "INFO").upper(),
-        format="%(asctime)s %(levelname)s mcp-agent[%(process)d] %(message)s",
+        format=f"%(asctime)s %(levelname)s {program}[%(process)d] %(message)s",
     )

@@ -37,15 +37,10 @@ def engine_fingerprint(
 
     Fields a person would check first come first; see `Fingerprint.first_difference`.
     """
-    model = vllm_config.model_config
     parallel = spec.config.parallel
     cache = vllm_config.cache_config
     fields = {
-        "model.config": _model_config_hash(model),
-        "model.weights": _weights(vllm_config),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": str(model.quantization),
-        "kv_cache.dtype": str(cache.cache_dtype),
+        **model_facts(vllm_config),
         "kv_cache.element": ",".join(sorted({layout.element for layout in layouts})),
         "block_tokens": ",".join(str(group.tokens_per_block) for group in spec.config.groups),
         "chunk_blocks": str(spec.blocks_per_chunk),
@@ -60,6 +55,18 @@ def engine_fingerprint(
         "format": str(FORMAT_VERSION),
     }
     return Fingerprint(fields)
+
+
+def model_facts(vllm_config: VllmConfig) -> dict[str, str]:
+    """The model, its weights' content and the dtypes; reads the weights once, see above."""
+    model = vllm_config.model_config
+    return {
+        "model.config": _model_config_hash(model),
+        "model.weights": _weights(vllm_config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization),
+        "kv_cache.dtype": str(vllm_config.cache_config.cache_dtype),
+    }
 
 
 def _digest(value: Any) -> str:

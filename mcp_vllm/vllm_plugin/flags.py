@@ -12,14 +12,16 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.config.kv_transfer import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from mcp_vllm.config import Address, Config, ConfigError
+from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.errors import McpError
-from mcp_vllm.vllm_plugin import CONNECTOR, settings
+from mcp_vllm.vllm_plugin import CONNECTOR, settings, split_settings
 from mcp_vllm.vllm_plugin.settings import RESOLVED_KEY, SETTINGS_KEY
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Another host's context agent to import blocks from; may be given several times. "
         "Replaces `peers` of --mcp-config.",
+    )
+    group.add_argument(
+        "--mcp-split",
+        metavar="FILE|JSON",
+        type=_valid_split,
+        default=None,
+        help="Run the model's middle layers at a stage (`mcp-vllm stage`): a YAML or JSON file, or "
+        "JSON text. All keys: docs/split.md.",
     )
 
 
@@ -134,6 +144,14 @@ def _valid_config(text: str) -> str:
     return text
 
 
+def _valid_split(text: str) -> str:
+    try:
+        SplitConfig.load(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def _valid_peer(text: str) -> str:
     try:
         return str(Address.parse(text))
@@ -165,6 +183,8 @@ def _wrap_from_cli_args() -> None:
                 getattr(args, "mcp_peer", None),
                 getattr(args, "kv_transfer_config", None),
             )
+            if getattr(args, "mcp_split", None):
+                split_settings.apply(args, args.mcp_split)
         except McpError as error:
             sys.exit(f"vllm: error: {error}")
         _add_session_header(args)
@@ -183,7 +203,8 @@ def _add_session_header(args: argparse.Namespace) -> None:
 
 
 def _wrap_init(args_class: type[EngineArgs]) -> None:
-    """`LLM(..., kv_connector="mcp", mcp_config=..., mcp_peer=[...])` after `register()`."""
+    """`LLM(..., kv_connector="mcp", mcp_config=..., mcp_peer=[...])` after `register()`, and
+    `LLM(..., mcp_split=...)`."""
     original = args_class.__init__
 
     @functools.wraps(original)
@@ -192,6 +213,10 @@ def _wrap_init(args_class: type[EngineArgs]) -> None:
         if any(ours.values()):
             transfer_config = kwargs.get("kv_transfer_config")
             kwargs["kv_transfer_config"] = resolve(**ours, transfer_config=transfer_config)
+        if (split := kwargs.pop("mcp_split", None)) is not None:
+            wanted = SimpleNamespace(**kwargs)
+            split_settings.apply(wanted, split)
+            kwargs = vars(wanted)
         original(self, *args, **kwargs)
 
     args_class.__init__ = __init__  # type: ignore[method-assign]

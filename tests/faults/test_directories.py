@@ -4,6 +4,7 @@ is known, and announcements of every wrong kind."""
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import time
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from agent_process import agent_process
+from restartable_agent import RestartableAgent, started
 from simulated import (
     FIELDS,
     SimulatedEngine,
@@ -34,12 +35,14 @@ from simulated import (
 )
 
 from mcp_vllm.agent import directory_link, directory_wire, wire
+from mcp_vllm.agent.chunk_set import hash_keys
 from mcp_vllm.agent.directory_view import DirectoryView
 from mcp_vllm.agent.directory_wire import MAX_HASHES, Beat, Changes, Entries, Slice, Start, Whole
 from mcp_vllm.agent.peer import Peer
 from mcp_vllm.agent.server import Agent
 from mcp_vllm.demo.engines import free_port
 from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.store.ram import ChunkKey
 
 NAMES = keys(0, 1, 2, 3)
 CHUNK_IDS = [4, 5, 6, 7]
@@ -104,12 +107,16 @@ async def test_what_a_peer_has_is_known_without_asking_it(tmp_path: Path) -> Non
             # Evictions are told too: the store there holds fewer than these.
             for first in range(0, 120, 6):
                 await store(source, *range(first, first + 6))
-            held = len(there._context.store)
+            store_there = there._context.store
+            last = ChunkKey(NAMESPACE, key(119))
+            await until(lambda: last in store_there, "the last commit")
+            held = len(store_there)
             assert held < 120
-            await knows(here, held)
+            hashes = set(hash_keys([name.key for name in store_there]).tolist())
+            directory = the_peer(here).directory
+            await until(lambda: directory.ranks(NAMESPACE).keys() == hashes, "what is there now")
             wanted = keys(*range(3, 120))
             present = await engine.lookup("r", wanted)
-            store_there = there._context.store
             assert present == [int(any(n.key == k for n in store_there)) for k in wanted]
             assert lookups(here)[0] >= 3
             assert lookups(here)[1] == 0
@@ -180,17 +187,16 @@ async def test_more_than_a_hundred_peers_are_followed_at_once(tmp_path: Path) ->
 async def test_a_dead_peer_is_noticed_in_two_seconds_and_costs_a_request_one_lookup(
     tmp_path: Path, signum: signal.Signals, caplog
 ) -> None:
-    port, path = free_port(), tmp_path / "there.sock"
-    config = settings(listen=f"127.0.0.1:{port}")
+    there = RestartableAgent(tmp_path, "there", settings())
     lookup_ms = 300
-    with agent_process(config, path) as there:
+    with started(there):
         async with engine_beside(tmp_path, there.address, lookup_ms=lookup_ms) as (engine, here):
-            with SimulatedEngine(path) as source:
+            with SimulatedEngine(there.socket) as source:
                 await source.connected()
                 await store(source, 0, 1, 2, 3)
                 await knows(here, 4)
                 died_s = time.monotonic()
-                there.send(signum)
+                os.kill(there.pid, signum)
                 # Not noticed yet: the directory still says that it has them.
                 if any(await engine.lookup("r", NAMES)):
                     done = await engine.load("r", NAMES, CHUNK_IDS)
@@ -206,7 +212,7 @@ async def test_a_dead_peer_is_noticed_in_two_seconds_and_costs_a_request_one_loo
                 assert time.monotonic() - asked_s < lookup_ms / 1000 + SLACK_S
                 assert lookups(here)[1] == 0
                 if signum is signal.SIGSTOP:
-                    there.send(signal.SIGCONT)
+                    there.resume()
                     await knows(here, 4)
                     engine.prepare("again")
                     assert await engine.lookup("again", NAMES) == [1] * 4

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm", reason="integration tests run real vLLM engines")
 
 from mcp_vllm.demo.pair import Pair
+from mcp_vllm.demo.weights import ensure_gemma
 from tests.tiny_models import write_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -41,6 +42,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
         return folders[family, seed]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_model() -> Path:
+    """The folder of the real Gemma 3 270M, fetched once."""
+    return ensure_gemma(progress=False)
 
 
 def start_pair(model: Path, log_folder: Path, extra_args: Sequence[str] = ()) -> Iterator[Pair]:

@@ -16,7 +16,12 @@ def vllm(*args: str) -> subprocess.CompletedProcess[str]:
 def test_help_shows_the_flags_in_a_group_of_their_own():
     result = vllm("serve", "--help=MCPConfig")
     assert result.returncode == 0
-    for flag in ("--kv-connector NAME", "--mcp-config FILE|JSON", "--mcp-peer HOST:PORT"):
+    for flag in (
+        "--kv-connector NAME",
+        "--mcp-config FILE|JSON",
+        "--mcp-peer HOST:PORT",
+        "--mcp-split FILE|JSON",
+    ):
         assert flag in result.stdout
 
 
@@ -46,6 +51,10 @@ def test_an_unknown_codec_is_refused_in_one_line():
             ("--kv-connector", "--kv-transfer-config"),
         ),
         (("--mcp-peer", "127.0.0.1:1"), ("--mcp-peer", "--kv-connector mcp")),
+        (
+            ("--mcp-split", '{"layers": "1:3", "stages": ["127.0.0.1:1"]}', "--async-scheduling"),
+            ("--mcp-split", "--async-scheduling"),
+        ),
     ],
 )  # fmt: skip
 def test_contradictory_flags_are_an_error_that_names_both(tiny_model, args, both):

@@ -3,29 +3,40 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from mcp_vllm.config import Config, loader
-from mcp_vllm.config.docs import configuration_page
+from mcp_vllm.config.docs import PAGES
 from mcp_vllm.config.keys import keys_of
 from mcp_vllm.config.render import render
 from mcp_vllm.config.source import read_source
+from mcp_vllm.config.split import SplitConfig, StageConfig
 
 ROOT = Path(__file__).parents[3]
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SPLIT = {"edge-cloud": SplitConfig, "stage": StageConfig}
+SHIPPED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in SPLIT)
 
 
-def test_the_configuration_page_is_what_the_schema_says() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == configuration_page(), "docs/configuration.md is stale: run `make docs`"
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_of_settings_is_what_the_schema_says(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == PAGES[name](), f"docs/{name} is stale: run `make docs`"
 
 
-def test_every_key_is_explained() -> None:
-    assert all(key.field.description for key in keys_of(Config))
+@pytest.mark.parametrize("schema", [Config, SplitConfig, StageConfig])
+def test_every_key_is_explained(schema: type[BaseModel]) -> None:
+    assert all(key.field.description for key in keys_of(schema))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_configuration_loads(path: Path) -> None:
     assert Config.load(path, environ={}).version == 1
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_shipped_configuration_of_a_split_loads(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    assert loader.load(SPLIT[name], path, flags={}, environ={}).config.version == 1
 
 
 def test_single_host_listens_on_loopback_and_has_no_peer() -> None:

@@ -15,12 +15,13 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from mcp_vllm.cli.main import COMMANDS
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
+from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("patches/*.md")])
 PLUGIN = ROOT / "mcp_vllm" / "vllm_plugin"
 # vLLM's own, used in our snippets.
-VLLM_FLAGS = {"--kv-transfer-config", "--prefix-caching-hash-algo"}
+VLLM_FLAGS = {"--kv-transfer-config", "--prefix-caching-hash-algo", "--enforce-eager"}
 VENV_PYTHON = ".venv/bin/python"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -182,9 +183,9 @@ def documented_metrics() -> dict[str, tuple[str, str]]:
 
 
 def agent_metrics() -> dict[str, tuple[str, str]]:
-    metrics = [
-        each for each in vars(AgentMetrics()).values() if isinstance(each, MetricWrapperBase)
-    ]
+    """Those of agents and of stages."""
+    declared = [*vars(AgentMetrics()).values(), *vars(StageMetrics()).values()]
+    metrics = [each for each in declared if isinstance(each, MetricWrapperBase)]
     return {
         each._name + ("_total" if each._type == "counter" else ""): (
             each._type,

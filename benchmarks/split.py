@@ -1,0 +1,193 @@
+"""What a layer split costs a decode step on loopback, over the whole engine on the same machine.
+
+    python benchmarks/split.py [--model PATH] [--layers 6:12] [--form raw] [--json F]
+
+A whole engine, and a split one with its stage; rounds of decode steps go to them in turn (whole,
+split, split, whole, ...), so that what else changes on the machine changes for both. The stage
+computes while the engine waits, so on one machine the two should take as long as the whole engine:
+what is more is serialisation, loopback and waking up. The other engine is idle meanwhile.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from setting import describe, one_line
+
+from mcp_vllm.demo.engines import Server, default_environment, free_port
+from mcp_vllm.demo.weights import ensure_gemma
+
+CONTEXT = 64
+MODEL_LEN = 1024
+SKIPPED = 3  # steps after the prefill that are not counted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="default: Gemma-3-270m")
+    parser.add_argument("--layers", default="6:12")
+    parser.add_argument("--form", default="raw", choices=("raw", "fold", "fp8"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine is not None:
+        return serve_rounds(json.loads(args.engine))
+    model = str(args.model or ensure_gemma())
+    console = Console()
+    with stage(model, args) as address, contextlib.ExitStack() as stack:
+        split = {"layers": args.layers, "stages": [address], "form": args.form, "lost_ms": 10_000}
+        with console.status("starting two engines"):
+            engines = {
+                "whole": stack.enter_context(engine(model, None, args.logs / "whole.log")),
+                "split": stack.enter_context(engine(model, split, args.logs / "split.log")),
+            }
+        steps = measure(engines, args)
+    report(console, steps, args)
+    if args.json:
+        args.json.write_text(json.dumps({"setting": describe(), "step_ms": steps}, indent=2) + "\n")
+    return None
+
+
+@contextlib.contextmanager
+def stage(model: str, args: argparse.Namespace) -> Iterator[str]:
+    address, http_port = f"127.0.0.1:{free_port()}", free_port()
+    command = [
+        sys.executable, "-m", "mcp_vllm.cli.main", "stage", model, "--layers", args.layers,
+        "--listen", address, "--http", f"127.0.0.1:{http_port}", "--kv-bytes", "512MiB",
+        "--", "--max-model-len", str(MODEL_LEN),
+    ]  # fmt: skip
+    log = args.logs / "stage.log"
+    with Server("stage", command, http_port, log, default_environment(), "/healthz") as server:
+        server.wait_ready(600)
+        yield address
+
+
+@contextlib.contextmanager
+def engine(
+    model: str, split: dict[str, object] | None, log: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """This program again as an engine, which runs rounds on request; ready when this returns."""
+    settings = {
+        "model": model,
+        "enforce_eager": True,
+        "max_model_len": MODEL_LEN,
+        "max_num_seqs": 64,
+        "enable_prefix_caching": False,
+    }
+    if split is not None:
+        settings["mcp_split"] = json.dumps(split)
+    environment = os.environ | default_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--engine", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
+    try:
+        if process.stdout is None or process.stdout.readline() != "ready\n":
+            raise SystemExit(f"the engine did not start: see {log}")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def serve_rounds(settings: dict[str, object]) -> None:
+    """The engine's process: a line [batch, steps] in, a line with the steps' times in ms out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM writes to standard output, too
+    from vllm import LLM
+
+    import mcp_vllm.vllm_plugin
+
+    mcp_vllm.vllm_plugin.register()
+    llm = LLM(**settings)
+    print("ready", file=answers, flush=True)
+    for number, line in enumerate(sys.stdin):
+        batch, steps = json.loads(line)
+        print(json.dumps(decode(llm.llm_engine, number, batch, steps)), file=answers, flush=True)
+
+
+def decode(engine, number: int, batch: int, steps: int) -> list[float]:
+    """Milliseconds of each decode step of `batch` requests that run together."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=steps + SKIPPED + 1, ignore_eos=True)
+    for index in range(batch):
+        prompt = [1000 + (number * 131 + index * 17 + i * 7) % 4000 for i in range(CONTEXT)]
+        engine.add_request(f"{number}-{index}", {"prompt_token_ids": prompt}, params)
+    times = []
+    while engine.has_unfinished_requests():
+        started = time.perf_counter()
+        engine.step()
+        times.append((time.perf_counter() - started) * 1000)
+    return [round(each, 3) for each in times[1 + SKIPPED :]]
+
+
+def measure(
+    engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace
+) -> dict[str, dict[int, list[float]]]:
+    """Engine -> batch -> milliseconds of every step. A round before them warms up."""
+    times = {name: {batch: [] for batch in args.batches} for name in engines}
+    with Progress(transient=True) as progress:
+        for number in progress.track(range(args.rounds + 1), description="rounds"):
+            names = list(engines) if number % 2 else list(reversed(engines))
+            for batch in args.batches:
+                for name in names:
+                    process = engines[name]
+                    print(json.dumps([batch, args.steps]), file=process.stdin, flush=True)
+                    measured = json.loads(process.stdout.readline())
+                    if number:
+                        times[name][batch] += measured
+    return times
+
+
+def report(
+    console: Console, steps: dict[str, dict[int, list[float]]], args: argparse.Namespace
+) -> None:
+    table = Table(
+        title=f"Decode steps in ms, layers {args.layers} at a stage on loopback, form {args.form}, "
+        f"{args.rounds} rounds of {args.steps}"
+    )
+    for name in ("batch", "engine", "p10", "p50", "p90", "p99"):
+        table.add_column(name, justify="right")
+    for batch in args.batches:
+        for name, times in steps.items():
+            cuts = statistics.quantiles(times[batch], n=100)
+            table.add_row(str(batch), name, *(f"{cuts[p - 1]:.2f}" for p in (10, 50, 90, 99)))
+    console.print(table)
+    for batch in args.batches:
+        whole, split = (sorted(steps[name][batch]) for name in ("whole", "split"))
+        middle = statistics.median(split) - statistics.median(whole)
+        ratio = statistics.median(split) / statistics.median(whole)
+        low = split[len(split) // 10] - whole[len(whole) // 10]
+        console.print(
+            f"batch {batch}: split / whole {ratio:.3f} "
+            f"(medians); overhead {middle:.2f} ms (medians), {low:.2f} ms (tenth percentiles)"
+        )
+    console.print(one_line())
+
+
+if __name__ == "__main__":
+    main()

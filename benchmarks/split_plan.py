@@ -1,0 +1,267 @@
+"""What `mcp-vllm plan` predicts against what split engines take, over splits, links and prompts.
+
+    python benchmarks/split_plan.py [--models llama,gemma] [--json FILE]
+
+For each model: this machine and a stage are measured as the command measures them (the stage holds
+all layers but the first and the last), each link through the stage. Then, for splits that were not
+measured, a real stage and a real engine run prompts of three lengths over a shaped link, and both
+times are compared. Repeated times count with their lower quartile, measured and predicted alike:
+other processes only ever make a step slower.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+from setting import one_line
+
+from mcp_vllm.config.split import SplitConfig
+from mcp_vllm.demo.engines import default_environment
+from mcp_vllm.demo.weights import ensure_gemma
+from mcp_vllm.split.plan.cost import CostModel, Load, Split
+from mcp_vllm.split.plan.figures import Figures, LinkFigures, typical
+from mcp_vllm.split.plan.fit import LinkFit, fit_link, fit_machine
+from mcp_vllm.split.plan.measure import measure_here
+from mcp_vllm.split.plan.read import read_model
+from mcp_vllm.split.plan.request import MeasureRequest
+from mcp_vllm.split.plan.stage_probe import probe_stage
+from tests.integration.split_parts import Stage, stage_of
+from tests.shaped_link import ShapedLink
+
+REPOSITORY = Path(__file__).parents[1]
+BUDGET, CONTEXT = 256, 1024
+ANSWER, REPEAT = 12, 4
+PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
+SPLITS: dict[str, list[Split]] = {
+    "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
+    "gemma": [(1, 9), (5, 12), (12, 17)],
+}
+# Name, delay one way in seconds, bytes a second each way.
+LINKS = (("loopback", 0.0, None), ("20 ms", 0.010, None), ("100 Mbit/s", 0.0, 12.5e6))
+PATIENT = {"lost_ms": 20_000, "step_ms": 120_000, "connect_ms": 10_000}
+LONGEST = Load(max(p for p, _ in PROMPTS), ANSWER, max(b for _, b in PROMPTS), BUDGET)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison, seconds."""
+
+    model: str
+    split: Split | None
+    link: str
+    prompt: int
+    batch: int
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="llama,gemma")
+    parser.add_argument("--json", type=Path, help="write all cases there")
+    parser.add_argument("--keep", type=Path, help="a folder: keep the figures there")
+    args = parser.parse_args()
+    print(one_line())
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models.split(","):
+            model = _llama(Path(folder)) if name == "llama" else ensure_gemma()
+            rows += compare(name, model, args.keep)
+            report(rows)
+    if args.json:
+        args.json.write_text(json.dumps([vars(each) | {"error": each.error} for each in rows]))
+
+
+def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
+    shape = read_model(str(model))
+    whole = (1, shape.num_layers - 1)
+    links: dict[str, LinkFit] = {}
+    with stage_at(model, whole) as (stage, shaped):
+        stage.wait_ready()
+        for label, shaped.delay_s, shaped.bytes_s in LINKS:
+            figures, transfers = probe_stage(_config(whole, shaped), shape, LONGEST)
+            links[label] = fit_link(transfers)
+            _keep(keep, f"{name}-link-{len(links)}", transfers)
+            if label == LINKS[0][0]:
+                _keep(keep, f"{name}-stage", figures)
+                cloud = fit_machine(figures, shape, "--cloud", as_stage=True)
+    request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
+    engine_figures = measure_here(request)
+    _keep(keep, f"{name}-engine", engine_figures)
+    local = fit_machine(engine_figures, shape, "--local", as_stage=False)
+    print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
+    rows = []
+    for split in SPLITS[name]:
+        with stage_at(model, split) as (_, shaped):
+            shaped.delay_s, shaped.bytes_s = 0.0, None
+            config = _config(split, shaped).model_dump(mode="json")
+            with engine(model, mcp_split=json.dumps(config)) as process:
+                for label, shaped.delay_s, shaped.bytes_s in LINKS:
+                    costs = CostModel(shape, local, cloud, links[label])
+                    for prompt, batch in PROMPTS:
+                        measured = _ask(process, prompt, batch)
+                        made = _row(costs, name, split, label, prompt, batch, measured)
+                        rows += made
+                        print(*(_line(each) for each in made), sep="\n", flush=True)
+    with engine(model) as process:
+        for prompt, batch in PROMPTS:
+            measured = _ask(process, prompt, batch)
+            rows += _row(CostModel(shape, local), name, None, "none", prompt, batch, measured)
+    return rows
+
+
+def report(rows: list[Row]) -> None:
+    table = Table(title="Median of |predicted / measured - 1|")
+    for column in ("model", "link", "cases", "TTFT", "time per token", "both"):
+        table.add_column(column)
+    groups = [*sorted({(each.model, each.link) for each in rows}), ("all splits", "")]
+    for model, link in groups:
+        chosen = [
+            each
+            for each in rows
+            if (each.split is not None if not link else (each.model, each.link) == (model, link))
+        ]
+        cells = [
+            f"{statistics.median(abs(each.error) for each in chosen if each.what in kind):.1%}"
+            for kind in (("TTFT",), ("token",), ("TTFT", "token"))
+        ]
+        table.add_row(model, link, str(len(chosen)), *cells)
+    Console(width=100).print(table)
+
+
+@contextmanager
+def stage_at(model: Path, split: Split) -> Iterator[tuple[Stage, ShapedLink]]:
+    with ExitStack() as stack:
+        limits = ("--max-model-len", str(CONTEXT))
+        layers = f"{split[0]}:{split[1]}"
+        stage = stack.enter_context(stage_of(model, layers, vllm_args=limits, name="plan"))
+        shaped = stack.enter_context(ShapedLink(("127.0.0.1", stage.port)))
+        yield stage, shaped
+
+
+@contextmanager
+def engine(model: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    arguments = {
+        "model": str(model),
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": CONTEXT,
+        "max_num_batched_tokens": BUDGET,
+        "max_num_seqs": LONGEST.batch,
+        "kv_cache_memory_bytes": 256 << 20,
+        "skip_tokenizer_init": True,
+        "async_scheduling": False,
+    }
+    log = REPOSITORY / "build" / "test-logs" / "plan-engine.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "benchmarks" / "split_plan_engine.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ
+            | default_environment()
+            | {"PYTHONPATH": str(REPOSITORY), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        )
+        try:
+            _tell(process, {"engine": arguments | more})
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _ask(process: subprocess.Popen[str], prompt: int, batch: int) -> dict[str, float]:
+    asked = {"prompt": prompt, "answer": ANSWER, "batch": batch, "repeat": REPEAT}
+    return {name: typical(values) for name, values in _tell(process, asked).items()}
+
+
+def _tell(process: subprocess.Popen[str], line: dict[str, Any]) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(line) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise SystemExit("the engine has ended: see build/test-logs/plan-engine.log")
+    return json.loads(answer)
+
+
+def _keep(folder: Path | None, name: str, figures: Figures | LinkFigures) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(figures.model_dump_json())
+
+
+def _row(
+    costs: CostModel,
+    model: str,
+    split: Split | None,
+    link: str,
+    prompt: int,
+    batch: int,
+    measured: dict[str, float],
+) -> list[Row]:
+    load = Load(prompt, ANSWER, batch, BUDGET)
+    ttft, token = costs.ttft_s(load, split), costs.token_s(load, split)
+    return [
+        Row(model, split, link, prompt, batch, "TTFT", ttft, measured["ttft_s"]),
+        Row(model, split, link, prompt, batch, "token", token, measured["token_s"]),
+    ]
+
+
+def _line(row: Row) -> str:
+    return (
+        f"  {row.model} {row.split} {row.link:10} {row.prompt:4} x{row.batch} {row.what:5} "
+        f"predicted {row.predicted * 1e3:8.1f} ms, measured {row.measured * 1e3:8.1f} ms, "
+        f"{row.error:+.0%}"
+    )
+
+
+def _config(split: Split, shaped: ShapedLink) -> SplitConfig:
+    layers = f"{split[0]}:{split[1]}"
+    return SplitConfig.load({"layers": layers, "stages": [shaped.address], **PATIENT})
+
+
+def _llama(folder: Path) -> Path:
+    """Eight random layers, wide enough that they and not Python decide."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "llama")
+    return folder / "llama"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`mcp-vllm stage`: the middle layers of a model, for engines that run with `--mcp-split`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mcp_vllm.config.split import StageConfig
+
+app = typer.Typer(add_completion=False, help="Run some layers of a model for engines elsewhere.")
+
+
+@app.command()
+def stage(
+    model: Annotated[str, typer.Argument(help="The engines' model: folder, or name on the Hub.")],
+    vllm_args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM_FLAGS]", help="Flags of vLLM, as the engines have them."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="FIRST:END", help="4:14 is layers 4 to 13.")
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="For engines; 127.0.0.1:7090 if not given."),
+    ] = None,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="For /healthz and /metrics.")
+    ] = None,
+    kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory for KV blocks of all engines; 4GiB if not given."
+        ),
+    ] = None,
+    leases: Annotated[
+        int | None, typer.Option(help="Engines at once (1 if not given); each gets a part.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", metavar="FILE|JSON", help="Settings, security among them."),
+    ] = None,
+) -> None:
+    """Load layers FIRST to END-1 of MODEL, and nothing else of it, and run them for engines."""
+    flags = {
+        "layers": layers,
+        "listen": listen,
+        "http": http,
+        "kv_bytes": kv_bytes,
+        "leases": leases,
+    }
+    settings = StageConfig.load(config, flags)
+    from mcp_vllm.split.engine.stage import serve_stage
+    from mcp_vllm.telemetry.logs import configure_logging
+
+    configure_logging("mcp-stage")
+    serve_stage(model, settings, vllm_args or [])

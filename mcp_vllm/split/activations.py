@@ -1,0 +1,111 @@
+"""Activations as they travel between layers of two processes.
+
+A decoder layer of vLLM hands on `hidden` and, in most models, `residual`, both [tokens, width]; the
+next layer's norm adds them. Forms on the wire:
+
+    raw    both as they are: exact
+    fold   their sum in the model's dtype: half the bytes, one rounding
+    fp8    the sum in 8-bit floats (e4m3) with a float32 scale a token: a quarter
+
+Plain int8 is not offered: activations have a few channels hundreds of times larger than the rest,
+and one scale for all destroys the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mcp_vllm.split.errors import WireError
+
+RAW, FOLD, FP8 = "raw", "fold", "fp8"
+FORMS = (RAW, FOLD, FP8)
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(_FP8).max
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`hidden` and `residual` [tokens, width], one dtype; residual None: the model has none."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How activations of one connection are encoded.
+
+    Attributes:
+        name: one of FORMS.
+        width: elements a token in each tensor.
+        dtype: of the model.
+        has_residual: whether a residual belongs to them.
+    """
+
+    name: str
+    width: int
+    dtype: torch.dtype
+    has_residual: bool
+
+    def payload_bytes(self, num_tokens: int) -> int:
+        """Exactly what `encode` makes of so many tokens."""
+        if self.name == FP8:
+            return num_tokens * (self.width + _SCALE_BYTES)
+        tensors = 2 if self.name == RAW and self.has_residual else 1
+        return num_tokens * self.width * self.dtype.itemsize * tensors
+
+    def encode(self, activations: Activations) -> list[memoryview]:
+        """Raw bytes of contiguous rows; on the CPU without a copy where the form needs none."""
+        hidden, residual = activations.hidden, activations.residual
+        if self.name == RAW:
+            return [_bytes_of(each) for each in (hidden, residual) if each is not None]
+        folded = hidden if residual is None else hidden + residual
+        if self.name == FOLD:
+            return [_bytes_of(folded)]
+        wide = folded.float()
+        scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / _FP8_MAX
+        return [_bytes_of((wide / scale).to(_FP8)), _bytes_of(scale)]
+
+    def decode(self, payload: bytearray, num_tokens: int, device: torch.device) -> Activations:
+        """The inverse of `encode`; the tensors may share memory with `payload`.
+
+        Raises:
+            WireError: `payload` is not as long as so many tokens are.
+        """
+        if len(payload) != self.payload_bytes(num_tokens):
+            raise WireError(
+                f"{len(payload)} bytes of activations for {num_tokens} tokens, "
+                f"not {self.payload_bytes(num_tokens)}"
+            )
+        if self.name == FP8:
+            folded = self._from_fp8(payload, num_tokens)
+            return self._unfolded(folded.to(device))
+        each_bytes = num_tokens * self.width * self.dtype.itemsize
+        tensors = [
+            torch.frombuffer(payload, dtype=self.dtype, count=num_tokens * self.width, offset=start)
+            .view(num_tokens, self.width)
+            .to(device)
+            for start in range(0, len(payload), each_bytes)
+        ]
+        if self.name == RAW and self.has_residual:
+            return Activations(*tensors)
+        return self._unfolded(tensors[0])
+
+    def _from_fp8(self, payload: bytearray, num_tokens: int) -> torch.Tensor:
+        count = num_tokens * self.width
+        values = torch.frombuffer(payload, dtype=_FP8, count=count).view(num_tokens, self.width)
+        scale = torch.frombuffer(payload[count:], dtype=torch.float32, count=num_tokens)
+        return (values.float() * scale.unsqueeze(1)).to(self.dtype)
+
+    def _unfolded(self, folded: torch.Tensor) -> Activations:
+        residual = torch.zeros_like(folded) if self.has_residual else None
+        return Activations(folded, residual)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat: Any = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return memoryview(flat).cast("B")

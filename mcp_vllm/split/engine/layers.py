@@ -1,0 +1,206 @@
+"""Building a model with some of its decoder layers only.
+
+vLLM's models make their layers through `make_layers` of `models/utils.py`. While a plan is active
+in this process, that function asks the plan instead: the engine's leaves out the span and puts a
+gate in its place, the stage's leaves out everything else. Model modules import `make_layers` by
+name, so those that are loaded already are patched, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from vllm.model_executor.models import utils as model_utils
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.offloader import get_offloader
+
+from mcp_vllm.split.activations import Activations
+from mcp_vllm.split.errors import SplitError
+
+LayerFn = Callable[..., torch.nn.Module]
+Made = tuple[int, int, torch.nn.ModuleList]
+_MODELS = "vllm.model_executor.models"
+_HANDED_ON = ("hidden_states", "residual")
+
+
+class LayersUnsupported(SplitError):
+    """This model's layers cannot be split; names the model's layer and what is unusual."""
+
+
+class Plan(Protocol):
+    """Which layers to make."""
+
+    def make(self, num_layers: int, layer_fn: LayerFn, prefix: str) -> Made:
+        """What `make_layers` returns: the first layer, the one after the last, and all modules."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How a decoder layer is called: which argument is which."""
+
+    signature: inspect.Signature
+    has_residual: bool
+
+    @classmethod
+    def of(cls, layer: torch.nn.Module) -> LayerCall:
+        """Raises LayersUnsupported."""
+        name = type(layer).__name__
+        signature = inspect.signature(layer.forward)
+        parameters = signature.parameters
+        unknown = [
+            each.name
+            for each in parameters.values()
+            if each.default is each.empty
+            and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+            and each.name not in (*_HANDED_ON, "positions")
+        ]
+        if "hidden_states" not in parameters or unknown:
+            raise LayersUnsupported(
+                f"{name} cannot be split: its forward takes {', '.join(parameters)}, and only "
+                "layers of positions, hidden_states and residual can"
+            )
+        has_residual = "residual" in parameters
+        if not has_residual and "uple" in str(signature.return_annotation):
+            raise LayersUnsupported(f"{name} cannot be split: it returns more than hidden states")
+        return cls(signature, has_residual)
+
+    def activations(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activations:
+        """What a call hands to the layer."""
+        given = self.signature.bind(*args, **kwargs).arguments
+        return Activations(given["hidden_states"], given.get("residual"))
+
+    def result(self, activations: Activations) -> Any:
+        """What a layer of this kind returns."""
+        if self.has_residual:
+            return activations.hidden, activations.residual
+        return activations.hidden
+
+
+class PassThrough(PPMissingLayer):
+    """In the place of a layer that is not here: hands on what it gets."""
+
+    def __init__(self, call: LayerCall) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call.result(self.call.activations(args, kwargs))
+
+
+class RemoteSpan(PassThrough):
+    """In the place of the span's first layer: what `exchange` makes of the activations.
+
+    `exchange` None: no step is in flight (a profiling run), and they are handed on as they are.
+    """
+
+    def __init__(self, call: LayerCall) -> None:
+        super().__init__(call)
+        self.exchange: Callable[[Activations], Activations] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.call.activations(args, kwargs)
+        return self.call.result(given if self.exchange is None else self.exchange(given))
+
+
+class AllButSpan:
+    """The engine's plan: every layer but [first, end).
+
+    Attributes (after the model is built):
+        layers: the model's layers; `layers[first]` is `span`.
+        call: how they are called.
+    """
+
+    def __init__(self, first: int, end: int, num_layers: int) -> None:
+        """Raises LayersUnsupported: the model has no such layers, or none would stay."""
+        check_span(first, end, num_layers)
+        self.first, self.end, self._num_layers = first, end, num_layers
+        self.layers: torch.nn.ModuleList | None = None
+
+    @property
+    def span(self) -> RemoteSpan:
+        assert self.layers is not None
+        span = self.layers[self.first]
+        assert isinstance(span, RemoteSpan)
+        return span
+
+    def make(self, num_layers: int, layer_fn: LayerFn, prefix: str) -> Made:
+        _check_only_stack(num_layers, self._num_layers, self.layers, prefix)
+        here = [i for i in range(num_layers) if not self.first <= i < self.end]
+        made = get_offloader().wrap_modules(layer_fn(prefix=f"{prefix}.{i}") for i in here)
+        call = LayerCall.of(made[0])
+        away = [RemoteSpan(call)] + [PassThrough(call) for _ in range(self.first + 1, self.end)]
+        self.layers = torch.nn.ModuleList([*made[: self.first], *away, *made[self.first :]])
+        return 0, num_layers, self.layers
+
+
+class OnlySpan:
+    """The stage's plan: the layers [first, end) alone."""
+
+    def __init__(self, first: int, end: int, num_layers: int) -> None:
+        """Raises LayersUnsupported: the model has no such layers, or none would stay elsewhere."""
+        check_span(first, end, num_layers)
+        self.first, self.end, self._num_layers = first, end, num_layers
+        self.layers: torch.nn.ModuleList | None = None
+
+    def make(self, num_layers: int, layer_fn: LayerFn, prefix: str) -> Made:
+        _check_only_stack(num_layers, self._num_layers, self.layers, prefix)
+        made = get_offloader().wrap_modules(
+            layer_fn(prefix=f"{prefix}.{i}") for i in range(self.first, self.end)
+        )
+        LayerCall.of(made[0])
+        self.layers = torch.nn.ModuleList(
+            [PPMissingLayer() for _ in range(self.first)]
+            + list(made)
+            + [PPMissingLayer() for _ in range(self.end, num_layers)]
+        )
+        return self.first, self.end, self.layers
+
+
+def check_span(first: int, end: int, num_layers: int) -> None:
+    """Raises LayersUnsupported: [first, end) leaves no first or no last layer of the model."""
+    if not 0 < first < end < num_layers:
+        raise LayersUnsupported(
+            f"layers {first}:{end} of a model with {num_layers}: the first and the last one must "
+            f"stay with the engine, so 1:{num_layers - 1} is the most"
+        )
+
+
+def _check_only_stack(
+    num_layers: int, expected: int, layers: torch.nn.ModuleList | None, prefix: str
+) -> None:
+    if num_layers != expected or layers is not None:
+        raise LayersUnsupported(
+            f"the model builds layers at {prefix} beside its {expected} decoder layers: "
+            "only models with one stack of layers can be split"
+        )
+
+
+_make_layers = model_utils.make_layers
+_plan: Plan | None = None
+
+
+def _make_planned_layers(num_hidden_layers: int, layer_fn: LayerFn, prefix: str) -> Made:
+    if _plan is None:
+        return _make_layers(num_hidden_layers, layer_fn, prefix)
+    return _plan.make(num_hidden_layers, layer_fn, prefix)
+
+
+@contextlib.contextmanager
+def building(plan: Plan) -> Iterator[None]:
+    """Models that this process builds inside have the plan's layers. Not reentrant."""
+    global _plan
+    assert _plan is None
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_MODELS) and getattr(module, "make_layers", None) is _make_layers:
+            module.make_layers = _make_planned_layers  # type: ignore[attr-defined]
+    _plan = plan
+    try:
+        yield
+    finally:
+        _plan = None

@@ -1,0 +1,243 @@
+"""One engine's state at a stage: a vLLM model runner of its own over the shared layers.
+
+Request states, block tables and KV blocks belong to the lease; the layers' weights to the stage.
+Attention layers can be bound to one set of KV blocks at a time, so leases take turns; a lease that
+waits for activations lets the others run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.utils import record_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_config_from_groups
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+from vllm.v1.worker.utils import clear_layer_kv_caches
+
+from mcp_vllm.split import wire
+from mcp_vllm.split.activations import Activations
+from mcp_vllm.split.engine.kv_specs import decode_group
+from mcp_vllm.split.engine.layer_timer import LayerTimer
+from mcp_vllm.split.engine.steps import Limits, StepDecoder
+from mcp_vllm.split.errors import StageRefused, WireError
+from mcp_vllm.split.wire import Hello, KvInit, Step, Welcome
+
+Rows = tuple[list[int], Activations]
+
+
+class Turn:
+    """The stage's layers, which one lease at a time may use.
+
+    Attributes:
+        layers: vLLM's attention layers by name.
+    """
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        self.layers = layers
+        self.lock = threading.Lock()
+        self._holder: object = None
+
+    def bind(self, lease: object, kv_caches: dict[str, Any]) -> None:
+        """Let the layers use these blocks; the caller holds the lock."""
+        if self._holder is not lease:
+            for name, kv_cache in kv_caches.items():
+                self.layers[name].kv_cache = kv_cache
+            self._holder = lease
+
+    def unbind(self, lease: object) -> None:
+        """Let go of the blocks, if the layers have them; the caller holds the lock."""
+        if self._holder is lease:
+            clear_layer_kv_caches(self.layers.values())
+            self._holder = None
+
+
+class StageLease:
+    """Used by one thread, the lease's."""
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        make_runner: Callable[[VllmConfig], Any],
+        turn: Turn,
+        hello: Hello,
+        welcome: Welcome,
+        on_close: Callable[[], None],
+        timer: LayerTimer | None = None,
+    ) -> None:
+        """Raises StageRefused: the engine's batches do not fit."""
+        self.welcome = welcome
+        self._hello = hello
+        self._turn = turn
+        self._on_close = on_close
+        self._timer = timer
+        self._config = _lease_config(config, hello)
+        self._kv_caches: dict[str, Any] = {}
+        self._layer_seconds: list[float] = []
+        self._decoder: StepDecoder | None = None
+        with turn.lock, set_current_vllm_config(self._config):
+            self._runner = make_runner(self._config)
+
+    def init_kv(self, kv_init: KvInit) -> None:
+        groups = [decode_group(each) for each in kv_init.groups]
+        self._check_groups(groups, kv_init.num_blocks)
+        cache = self._config.cache_config
+        cache.num_gpu_blocks = kv_init.num_blocks
+        if kv_init.layout is not None:
+            record_kv_cache_layout(cache, kv_init.layout)
+        cache.hash_block_size = kv_init.hash_block_size
+        cache.cache_hit_alignment_tokens = kv_init.alignment
+        pool_bytes = kv_init.num_blocks * _pool_bytes_per_block(self._config, groups)
+        if pool_bytes > self.welcome.kv_bytes:
+            raise StageRefused(
+                "",
+                "memory",
+                f"{kv_init.num_blocks} blocks take {pool_bytes} bytes, this lease has "
+                f"{self.welcome.kv_bytes}",
+            )
+        planned = get_kv_cache_config_from_groups(self._config, groups, pool_bytes)
+        planned.kv_cache_layout = kv_init.layout
+        with self._turn.lock, set_current_vllm_config(self._config):
+            self._turn.bind(self, {})
+            self._runner.initialize_kv_cache(planned)
+            if planned.needs_kv_cache_zeroing and hasattr(self._runner, "_init_kv_zero_meta"):
+                self._runner._init_kv_zero_meta()
+            names = self.welcome.kv_specs
+            self._kv_caches = {name: self._turn.layers[name].kv_cache for name in names}
+        self._decoder = StepDecoder(self._limits(groups, kv_init.num_blocks))
+
+    @torch.inference_mode()
+    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+        output = self._decode(step)
+        with self._turn.lock:
+            self._turn.bind(self, self._kv_caches)
+            rows = _Awaited(lambda: self._rows(step, take))
+            result = self._runner.execute_model(output, rows)
+            if self._timer is not None:
+                self._layer_seconds = list(self._timer.seconds)
+            return rows.in_engine_order(result.tensors, step.num_tokens)
+
+    @torch.inference_mode()
+    def settle(self, step: Step) -> None:
+        output = self._decode(step)
+        with self._turn.lock:
+            self._turn.bind(self, self._kv_caches)
+            self._runner.execute_model(output)
+
+    def layer_seconds(self) -> list[float]:
+        return self._layer_seconds
+
+    def close(self) -> None:
+        with self._turn.lock:
+            self._turn.unbind(self)
+            if self._timer is not None:
+                self._timer.remove()
+        self._kv_caches = {}
+        self._runner = None
+        gc.collect()
+        self._on_close()
+
+    def _decode(self, step: Step) -> Any:
+        assert self._decoder is not None
+        return self._decoder.decode(step)
+
+    def _rows(self, step: Step, take: Callable[[], Rows]) -> tuple[Activations, list[int] | None]:
+        """The rows in the runner's order, and where each comes from in the engine's.
+
+        Called by the runner when it needs them. While waiting, other leases have their turn.
+        """
+        self._turn.lock.release()
+        try:
+            order, activations = take()
+        finally:
+            self._turn.lock.acquire()
+        self._turn.bind(self, self._kv_caches)
+        counts = dict(step.scheduled)
+        if sorted(order) != sorted(counts):
+            raise WireError("activations of other requests than the step's")
+        ours = [int(req_id) for req_id in self._runner.input_batch.req_ids]
+        if ours == order:
+            return activations, None
+        starts, first = {}, 0
+        for alias in order:
+            starts[alias] = first
+            first += counts[alias]
+        source = [row for each in ours for row in range(starts[each], starts[each] + counts[each])]
+        residual = activations.residual
+        permuted = Activations(
+            activations.hidden[source], None if residual is None else residual[source]
+        )
+        return permuted, source
+
+    def _check_groups(self, groups: list[KVCacheGroupSpec], num_blocks: int) -> None:
+        if not (0 < len(groups) <= wire.MAX_GROUPS and 0 < num_blocks < wire.MAX_BLOCKS):
+            raise WireError(f"{len(groups)} KV groups of {num_blocks} blocks")
+        named = sorted(name for group in groups for name in group.layer_names)
+        if named != sorted(self.welcome.kv_specs):
+            raise WireError("the KV groups do not have this stage's layers, each of them once")
+
+    def _limits(self, groups: list[KVCacheGroupSpec], num_blocks: int) -> Limits:
+        return Limits(
+            max_tokens=self._hello.max_tokens,
+            max_requests=self._hello.max_requests,
+            max_model_len=self._hello.max_model_len,
+            num_blocks=num_blocks,
+            block_sizes=tuple(group.kv_cache_spec.block_size for group in groups),
+        )
+
+
+class _Awaited(IntermediateTensors):
+    """Activations that are waited for when the model runner reads them."""
+
+    def __init__(self, wait: Callable[[], tuple[Activations, list[int] | None]]) -> None:
+        super().__init__({})
+        self._wait = wait
+        self._source: list[int] | None = None
+
+    def items(self) -> Any:
+        if not self.tensors:
+            activations, self._source = self._wait()
+            self.tensors["hidden_states"] = activations.hidden
+            if activations.residual is not None:
+                self.tensors["residual"] = activations.residual
+        return self.tensors.items()
+
+    def in_engine_order(self, tensors: dict[str, torch.Tensor], num_tokens: int) -> Activations:
+        """The result's rows in the order in which the engine sent them."""
+        hidden, residual = tensors["hidden_states"], tensors.get("residual")
+        return Activations(
+            self._unpermuted(hidden[:num_tokens]),
+            None if residual is None else self._unpermuted(residual[:num_tokens]),
+        )
+
+    def _unpermuted(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._source is None:
+            return rows
+        restored = torch.empty_like(rows)
+        restored[self._source] = rows
+        return restored
+
+
+def _lease_config(config: VllmConfig, hello: Hello) -> VllmConfig:
+    """The stage's configuration with this engine's batches; layers and compilation are shared."""
+    most = config.model_config.max_model_len
+    if hello.max_model_len > most:
+        raise StageRefused(
+            "",
+            "memory",
+            f"--max-model-len {hello.max_model_len} is more than the stage's {most}",
+        )
+    lease = copy.copy(config)
+    lease.model_config = copy.copy(config.model_config)
+    lease.model_config.max_model_len = hello.max_model_len
+    lease.cache_config = copy.copy(config.cache_config)
+    lease.scheduler_config = copy.copy(config.scheduler_config)
+    lease.scheduler_config.max_num_seqs = hello.max_requests
+    lease.scheduler_config.max_num_batched_tokens = hello.max_tokens
+    return lease

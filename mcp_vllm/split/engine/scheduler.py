@@ -1,0 +1,29 @@
+"""vLLM's scheduler, which takes back a step whose stage was lost: all that runs is recomputed.
+
+Chosen by class path (`scheduler_cls`); lives in the engine core's thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+
+
+class StageLostOutput(ModelRunnerOutput):
+    """What the executor returns for a step that no stage has answered."""
+
+
+class SplitScheduler(Scheduler):
+    """The stage's KV blocks are gone with it, those of finished requests' prefixes included: so
+    requests are preempted and the prefix cache is emptied. No token is lost, and none of this
+    step's is taken."""
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        if isinstance(model_runner_output, StageLostOutput):
+            self.reset_prefix_cache(reset_running_requests=True)
+        return super().update_from_output(scheduler_output, model_runner_output)

@@ -1,0 +1,190 @@
+"""The stage's process: vLLM's worker with the span's layers, served to engines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.network_utils import get_file_store_init_method
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from mcp_vllm.config.address import Address
+from mcp_vllm.config.split import StageConfig, parse_layers
+from mcp_vllm.split.access import Access
+from mcp_vllm.split.engine.kv_specs import encode_spec
+from mcp_vllm.split.engine.layer_timer import LayerTimer
+from mcp_vllm.split.engine.layers import OnlySpan
+from mcp_vllm.split.engine.lease import StageLease, Turn
+from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
+from mcp_vllm.split.engine.middle import loading_only, middle_of_pipeline
+from mcp_vllm.split.engine.support import (
+    SplitUnsupported,
+    agreed_facts,
+    check_supported,
+    num_layers,
+)
+from mcp_vllm.split.errors import StageRefused
+from mcp_vllm.split.stage_http import serve_http
+from mcp_vllm.split.stage_server import StageServer
+from mcp_vllm.split.wire import About, Hello, Welcome
+from mcp_vllm.telemetry.stage_metrics import StageMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class StageModel:
+    """The layers [first, end) of one model, and the leases on them.
+
+    Attributes:
+        ready: set by the process once it may serve: loaded, and in the middle of a pipeline.
+    """
+
+    def __init__(self, config: VllmConfig, stage: StageConfig) -> None:
+        """Raises SplitError: this model or configuration cannot be split."""
+        check_supported(config)
+        self._config = config
+        self._span = parse_layers(stage.layers)
+        self._plan = OnlySpan(*self._span, num_layers(config))
+        self._lease_bytes = int(stage.kv_bytes) // stage.leases
+        self._max_leases = stage.leases
+        self._open_leases = 0
+        self._lock = threading.Lock()
+        self.ready = threading.Event()
+        self.dtype: torch.dtype = config.model_config.dtype
+        self.device: torch.device = torch.device("cpu")
+
+    def load(self) -> None:
+        """Load the layers. Raises whatever vLLM raises, or LayersUnsupported."""
+        memory_bytes = free_bytes()
+        self._worker = WorkerWrapperBase(rpc_rank=0)
+        kwargs = {
+            "vllm_config": self._config,
+            "local_rank": 0,
+            "rank": 0,
+            "distributed_init_method": get_file_store_init_method(),
+            "is_driver_worker": True,
+            "shared_worker_lock": threading.Lock(),
+        }
+        self._worker.init_worker([kwargs])
+        self._worker.init_device()
+        with loading_only(self._plan):
+            self._worker.load_model()
+        current_platform.update_block_size_for_backend(self._config)
+        register_all_kvcache_specs(self._config)
+        runner = self._worker.worker.model_runner
+        self.device = runner.device
+        with set_current_vllm_config(self._config):
+            specs = self._worker.worker.get_kv_cache_spec()
+        like = runner.model.make_empty_intermediate_tensors(1, self.dtype, self.device).tensors
+        if not {"hidden_states"} <= set(like) <= {"hidden_states", "residual"}:
+            raise SplitUnsupported(
+                f"layers that hand on {', '.join(like)} cannot be split: only hidden_states and "
+                "residual can travel"
+            )
+        self._welcome = Welcome(
+            kv_specs={name: encode_spec(spec) for name, spec in specs.items()},
+            kv_bytes=self._lease_bytes,
+            tensors=sorted(like),
+            width=like["hidden_states"].shape[-1],
+        )
+        self._about = About(
+            layers=f"{self._span[0]}:{self._span[1]}",
+            machine=machine_name(),
+            memory_bytes=memory_bytes,
+            dtypes=native_dtypes(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        layers = self._config.compilation_config.static_forward_context
+        self._turn = Turn({name: layers[name] for name in specs})
+        self._facts = agreed_facts(self._config, self._span)
+
+    def facts(self) -> Mapping[str, str]:
+        self.ready.wait()
+        return self._facts
+
+    def open(self, hello: Hello) -> StageLease:
+        with self._lock:
+            if self._open_leases >= self._max_leases:
+                raise StageRefused(
+                    "",
+                    "busy",
+                    f"all {self._max_leases} leases are taken (--leases of the stage)",
+                )
+            self._open_leases += 1
+        welcome, timer = self._welcome, None
+        try:
+            if hello.measuring:
+                welcome, timer = msgspec.structs.replace(welcome, about=self._about), self._timer()
+            return StageLease(
+                self._config, self._make_runner, self._turn, hello, welcome, self._closed, timer
+            )
+        except BaseException:
+            self._closed()
+            raise
+
+    def _timer(self) -> LayerTimer:
+        assert self._plan.layers is not None
+        return LayerTimer(self._plan.layers[slice(*self._span)], self.device)
+
+    def _make_runner(self, config: VllmConfig) -> Any:
+        """A model runner over our layers, with request states of its own."""
+        loaded = self._worker.worker.model_runner
+        runner = type(loaded)(config, loaded.device)
+        runner.model = loaded.model
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            runner.max_num_tokens, self.dtype, self.device
+        )
+        return runner
+
+    def _closed(self) -> None:
+        with self._lock:
+            self._open_leases -= 1
+
+
+def engine_config(model: str, vllm_args: Sequence[str]) -> VllmConfig:
+    """vLLM's configuration from its own flags. Exits with vLLM's message when they are wrong."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="mcp-vllm stage MODEL --"))
+    args = parser.parse_args(["--model", model, "--enforce-eager", *vllm_args])
+    args.async_scheduling = False
+    return EngineArgs.from_cli_args(args).create_engine_config()
+
+
+def serve_stage(model: str, stage: StageConfig, vllm_args: Sequence[str]) -> None:
+    """Load and serve until SIGTERM or SIGINT.
+
+    Raises:
+        SplitError: this model cannot be split.
+        SecurityError: a certificate or key file cannot be used.
+        OSError: an address cannot be had.
+    """
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    access = Access(stage.security)
+    metrics = StageMetrics()
+    backend = StageModel(engine_config(model, vllm_args), stage)
+    listen = Address.parse(stage.listen)
+    server = StageServer((listen.host, listen.port), backend, access, metrics)
+    if stage.http is not None:
+        serve_http(Address.parse(stage.http), metrics, backend.ready.is_set)
+    threading.Thread(target=server.serve, name="stage", daemon=True).start()
+    backend.load()
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    with middle_of_pipeline():
+        backend.ready.set()
+        logger.info(
+            "stage ready: layers %s of %s at %s:%d", stage.layers, model, listen.host, server.port
+        )
+        stopped.wait()
+        server.stop()

@@ -1,0 +1,62 @@
+"""What of an engine's configuration can be split, and what both sides must agree on."""
+
+from __future__ import annotations
+
+from vllm.config import CompilationMode, VllmConfig
+
+from mcp_vllm.split.errors import SplitError
+from mcp_vllm.vllm_plugin.compat import release, vllm_version
+from mcp_vllm.vllm_plugin.fingerprint import model_facts
+
+
+class SplitUnsupported(SplitError):
+    """An engine that cannot be split as it is configured; names the setting."""
+
+
+def check_supported(config: VllmConfig) -> None:
+    """Raises SplitUnsupported."""
+    model, parallel = config.model_config, config.parallel_config
+    unsupported = {
+        "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
+        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
+        "--data-parallel-size above 1": parallel.data_parallel_size > 1,
+        "a KV connector (the stage's blocks would not be stored)": config.kv_transfer_config
+        is not None,
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA": config.lora_config is not None,
+        "async scheduling": bool(config.scheduler_config.async_scheduling),
+        "a multimodal model": model.is_multimodal_model,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "a pooling model": model.runner_type == "pooling",
+        "a model with recurrent or attention-free layers": model.is_hybrid
+        or model.is_attention_free,
+        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
+        "torch.compile: give --enforce-eager": config.compilation_config.mode
+        not in (None, CompilationMode.NONE),
+        "KV cache scales a token": str(config.cache_config.cache_dtype).endswith("_per_token_head"),
+    }
+    for what, found in unsupported.items():
+        if found:
+            raise SplitUnsupported(f"a layer split does not support {what}")
+    if not model.registry.is_pp_supported_model(model.architectures, model):
+        raise SplitUnsupported(
+            f"{model.architectures[0]} cannot be split: vLLM's implementation does not support "
+            "pipeline parallelism"
+        )
+
+
+def num_layers(config: VllmConfig) -> int:
+    return int(config.model_config.hf_text_config.num_hidden_layers)
+
+
+def agreed_facts(config: VllmConfig, layers: tuple[int, int]) -> dict[str, str]:
+    """Names and values that engine and stage must share, the most telling ones first.
+
+    Reads the model's weights once: their identity is cached on disk.
+    """
+    return {
+        "layers": f"{layers[0]}:{layers[1]}",
+        **model_facts(config),
+        "block_tokens": str(config.cache_config.block_size),
+        "vllm": release(vllm_version() or "unknown"),
+    }

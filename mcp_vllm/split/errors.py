@@ -1,0 +1,29 @@
+"""What can go wrong between an engine and a stage."""
+
+from mcp_vllm.errors import McpError
+
+
+class SplitError(McpError):
+    """Root of the layer split's errors."""
+
+
+class WireError(SplitError):
+    """Bytes that are not our protocol, or break its bounds; the connection cannot go on."""
+
+
+class StageLost(SplitError):
+    """The stage is gone, silent or broken: another one, or local layers, must take over."""
+
+
+class StageRefused(SplitError):
+    """The stage answers and does not want us.
+
+    Attributes:
+        code: one of wire.REFUSALS.
+        reason: without the stage's name, for the other side.
+    """
+
+    def __init__(self, stage: str, code: str, reason: str) -> None:
+        super().__init__(f"stage {stage} refuses: {reason}" if stage else reason)
+        self.code = code
+        self.reason = reason

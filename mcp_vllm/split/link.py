@@ -1,0 +1,200 @@
+"""The engine's connection to a stage, and the choice of the next one when it is lost.
+
+Owned by the engine's one thread; nothing happens between calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+
+from mcp_vllm.config.address import Address
+from mcp_vllm.config.split import SplitConfig
+from mcp_vllm.security.tls import client_context
+from mcp_vllm.security.tokens import read_token
+from mcp_vllm.split import wire
+from mcp_vllm.split.activations import Activations, Form
+from mcp_vllm.split.channel import Channel, Message, Patience, connect, expect
+from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
+from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, Welcome
+
+logger = logging.getLogger(__name__)
+
+# While a stage loads, its connection threads may wait for the interpreter: ask less impatiently.
+_LOAD_SILENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """A lease at one stage, welcomed.
+
+    Attributes:
+        stage: HOST:PORT.
+        welcome: what the stage has said.
+        form: of activations on this link.
+        patience: with a step's answer.
+    """
+
+    stage: str
+    welcome: Welcome
+    form: Form
+    channel: Channel
+    patience: Patience
+
+    def init_kv(self, kv_init: KvInit, patience_s: float) -> None:
+        """Let the stage allocate its blocks. Raises StageLost, StageRefused."""
+        waiting = replace(self.patience, silence_s=_LOAD_SILENCE_S, total_s=patience_s)
+        self.channel.send(Kind.KV_INIT, kv_init, patience=self.patience)
+        self._receive(Kind.OK, 0, waiting)
+
+    def begin(self, number: int, step: Step) -> None:
+        """Send what the step is about, so that the stage can prepare. Raises StageLost."""
+        try:
+            unasked = self.channel.poll(self.patience)
+        except WireError as error:
+            raise StageLost(str(error)) from error
+        if unasked is not None:
+            raise StageLost(_unasked(unasked))
+        self.channel.send(Kind.STEP, step, step=number, patience=self.patience)
+
+    def run(self, number: int, order: list[int], activations: Activations) -> Activations:
+        """The stage's layers over the rows of step `number`, which has begun.
+
+        Args:
+            order: the aliases in the order of their rows.
+            activations: [tokens, width] each.
+
+        Raises:
+            StageLost: whatever prevents an answer.
+        """
+        payload = self.form.encode(activations)
+        self.channel.send(Kind.ACTS, Acts(order), payload, number, self.patience)
+        try:
+            reply = self._receive(Kind.REPLY, number, self.patience)
+            hidden = activations.hidden
+            return self.form.decode(reply.payload, hidden.shape[0], hidden.device)
+        except (WireError, StageRefused) as error:
+            raise StageLost(str(error)) from error
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def _receive(self, kind: Kind, step: int, patience: Patience) -> Message:
+        return _receive(self.stage, self.channel, kind, step, patience)
+
+
+class Stages:
+    """The stages of the configuration, and which is next."""
+
+    def __init__(self, config: SplitConfig, hello: Hello, dtype: torch.dtype) -> None:
+        """Raises SecurityError: a certificate or the token cannot be used."""
+        self._config = config
+        self._hello = hello
+        self._dtype = dtype
+        self._next = 0
+        self._tls = _tls(config)
+
+    def connect(self, patient: bool) -> Link:
+        """A lease at the first stage that gives one, beginning after the last one that did.
+
+        Args:
+            patient: wait for stages that still load; else they count as lost.
+
+        Raises:
+            StageRefused: all refuse, and this is what the first of them said.
+            SplitError: none answers; names each with its reason.
+        """
+        until = time.monotonic() + self._config.load_ms / 1000
+        while True:
+            failures: list[SplitError] = []
+            for stage in self._candidates():
+                try:
+                    return self._dial(stage, until if patient else None)
+                except (SplitError, OSError) as error:
+                    failures.append(_named(stage, error))
+                    logger.warning("%s", failures[-1])
+            if not patient or time.monotonic() > until or not any(map(_passes, failures)):
+                raise _summary(failures)
+            time.sleep(0.5)
+
+    def _candidates(self) -> Iterator[str]:
+        stages = self._config.stages
+        first = self._next
+        for offset in range(len(stages)):
+            index = (first + offset) % len(stages)
+            self._next = (index + 1) % len(stages)
+            yield stages[index]
+
+    def _dial(self, stage: str, load_until: float | None) -> Link:
+        config = self._config
+        address = Address.parse(stage)
+        wait_s = config.connect_ms / 1000
+        channel = Channel(connect(address.host, address.port, wait_s, self._tls))
+        patience = Patience(config.lost_ms / 1000, config.heartbeat_ms / 1000)
+        try:
+            channel.send(Kind.HELLO, self._with_token(), patience=patience)
+            if load_until is not None:
+                load_s = max(load_until - time.monotonic(), wait_s)
+                first = replace(patience, silence_s=_LOAD_SILENCE_S, total_s=load_s)
+            else:
+                first = replace(patience, total_s=wait_s)
+            channel.max_metadata = wire.MAX_METADATA_BYTES
+            message = _receive(stage, channel, Kind.WELCOME, 0, first)
+            welcome = wire.decode(Welcome, message.metadata)
+            form = Form(self._hello.form, welcome.width, self._dtype, "residual" in welcome.tensors)
+        except BaseException:
+            channel.close()
+            raise
+        channel.max_payload = form.payload_bytes(self._hello.max_tokens)
+        return Link(stage, welcome, form, channel, replace(patience, total_s=config.step_ms / 1000))
+
+    def _with_token(self) -> Hello:
+        """Read for each connection: whoever renews the token replaces the file."""
+        if self._config.token_file is None:
+            return self._hello
+        return msgspec.structs.replace(self._hello, token=read_token(self._config.token_file))
+
+
+def _receive(stage: str, channel: Channel, kind: Kind, step: int, patience: Patience) -> Message:
+    message = channel.receive(patience)
+    if message.kind == Kind.BYE:
+        raise StageLost("the stage is shutting down")
+    if message.kind == Kind.ERROR:
+        error = wire.decode(wire.Error, message.metadata)
+        raise StageRefused(stage, error.code, error.message)
+    return expect(message, kind, step)
+
+
+def _unasked(message: Message) -> str:
+    """What a message between steps says: only Bye and Error can be."""
+    if message.kind == Kind.ERROR:
+        return wire.decode(wire.Error, message.metadata).message
+    return "the stage is shutting down" if message.kind == Kind.BYE else f"{message.kind.name}?"
+
+
+def _tls(config: SplitConfig) -> ssl.SSLContext | None:
+    if config.tls.ca is None:
+        return None
+    return client_context(config.tls.ca, config.tls.certificate, config.tls.key)
+
+
+def _named(stage: str, error: Exception) -> SplitError:
+    return error if isinstance(error, StageRefused) else StageLost(f"stage {stage}: {error}")
+
+
+def _passes(error: SplitError) -> bool:
+    """Whether waiting may help."""
+    return not isinstance(error, StageRefused) or error.code == "busy"
+
+
+def _summary(failures: Sequence[SplitError]) -> SplitError:
+    refused = [each for each in failures if isinstance(each, StageRefused)]
+    if len(refused) == len(failures):
+        return refused[0]
+    return SplitError("no stage can be used: " + "; ".join(str(each) for each in failures))

@@ -1,0 +1,147 @@
+"""What was measured, as JSON: the times of one machine's layers and steps, and those of a link.
+
+Written by `mcp-vllm plan --measure`, read by `--local` and `--cloud`. A file may come from somebody
+else's machine, so everything in it has bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mcp_vllm.split.errors import SplitError
+from mcp_vllm.split.plan.shape import Dtype, ModelShape, Work
+
+_MAX_FILE_BYTES = 16 << 20
+_MAX_SAMPLES = 20_000
+Seconds = Annotated[float, Field(gt=0, lt=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1 << 24)]
+Name = Annotated[str, Field(max_length=200)]
+
+
+class FiguresError(SplitError):
+    """A file of figures that cannot be used; names the file, the flag and the fault."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StepTime(_Strict):
+    """The seconds of a step, or of a part of it; the step as in shape.Work."""
+
+    requests: Count
+    tokens: Count
+    context: Count
+    seconds: Seconds
+
+    @model_validator(mode="after")
+    def _is_a_step(self) -> StepTime:
+        if self.tokens > self.context:
+            raise ValueError(f"{self.tokens} new tokens at a context of {self.context}")
+        return self
+
+    @property
+    def work(self) -> Work:
+        return Work(self.requests, self.tokens, self.context)
+
+
+class LayerTime(StepTime):
+    """The layers [first, end) of the model in that step, together."""
+
+    first: int = Field(ge=0, lt=10_000)
+    end: int = Field(ge=1, le=10_000)
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> LayerTime:
+        if self.first >= self.end:
+            raise ValueError(f"layers {self.first}:{self.end}")
+        return self
+
+
+class Figures(_Strict):
+    """One machine with one model."""
+
+    version: Literal[1] = 1
+    kind: Literal["engine", "stage"]
+    """Whose the rest of a step is: an engine's (scheduler, embedding, head) or a stage's."""
+
+    machine: Name
+    model: Name
+    hidden: Count
+    dtype: Dtype
+    dtypes: list[Dtype] = Field(min_length=1, max_length=3)
+    """What the machine computes in natively."""
+
+    memory_bytes: int = Field(ge=1, lt=1 << 50)
+    """For weights and KV: what was free before the model was loaded."""
+
+    layers: list[LayerTime] = Field(min_length=1, max_length=_MAX_SAMPLES)
+    rest: list[StepTime] = Field(max_length=_MAX_SAMPLES)
+    """A step without its layers."""
+
+    def check_model(self, shape: ModelShape, flag: str) -> None:
+        """Raises FiguresError: measured on another model than the one of `shape`."""
+        if self.hidden != shape.hidden or max(each.end for each in self.layers) > shape.num_layers:
+            raise FiguresError(
+                f"{flag}: figures of {self.model} (width {self.hidden}) do not belong to "
+                f"{shape.name} (width {shape.hidden}, {shape.num_layers} layers): measure it again"
+            )
+        if shape.dtype not in self.dtypes:
+            raise FiguresError(
+                f"{flag}: {self.machine} does not compute in {shape.dtype}, only in "
+                f"{', '.join(self.dtypes)}: give another --dtype"
+            )
+        if self.dtype != shape.dtype:
+            raise FiguresError(
+                f"{flag}: measured in {self.dtype}, and the plan is for {shape.dtype}: "
+                "measure it again, or give another --dtype"
+            )
+
+
+class Transfer(_Strict):
+    """`bytes` in both directions together, and what the way took: there, and back."""
+
+    bytes: int = Field(ge=0, lt=1 << 40)
+    seconds: Annotated[float, Field(ge=0, lt=86_400, allow_inf_nan=False)]
+
+
+class LinkFigures(_Strict):
+    """A link, as it was measured through a stage's protocol."""
+
+    version: Literal[1] = 1
+    transfers: list[Transfer] = Field(min_length=2, max_length=_MAX_SAMPLES)
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The lower quartile of repeated measurements: other processes make steps slower, never
+    quicker, so on a busy machine it says more of this one than the median."""
+    return float(np.quantile(seconds, 0.25))
+
+
+def read_figures(path: Path, flag: str) -> Figures:
+    """Raises FiguresError."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise FiguresError(f"{flag} {path}: larger than any file of figures")
+        return Figures.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise FiguresError(f"{flag} {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FiguresError(
+            f"{flag} {path}: {where}: {first['msg']}; `mcp-vllm plan --measure` writes such files"
+        ) from error
+
+
+def write_figures(path: Path, figures: Figures) -> None:
+    """Raises FiguresError."""
+    try:
+        path.write_text(figures.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FiguresError(f"--output {path}: {error.strerror}") from error

@@ -1,0 +1,309 @@
+"""A stage's side of the protocol: connections, refusals, and one lease for each engine.
+
+Two threads a connection. The reader owns receiving: it answers pings at once, also while layers
+compute or load, and hands the rest on. The lease's thread does the work, one message after the
+other. What the layers are is the backend's business; whatever goes wrong in one lease ends that
+lease with one Error message, and touches no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+import torch
+
+from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.split import wire
+from mcp_vllm.split.access import Access, AccessDenied
+from mcp_vllm.split.activations import FORMS, Activations, Form
+from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
+from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
+from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, StepSeconds, Welcome
+from mcp_vllm.telemetry.stage_metrics import StageMetrics
+
+logger = logging.getLogger(__name__)
+
+HELLO_S = 10.0
+QUEUED_MESSAGES = 4
+# Connections that have not said Hello yet; more wait in the kernel's queue.
+MAX_STRANGERS = 32
+
+Rows = tuple[list[int], Activations]
+
+
+class Lease(Protocol):
+    """One engine's state at the stage; used by one thread."""
+
+    welcome: Welcome
+
+    def init_kv(self, kv_init: KvInit) -> None:
+        """Allocate the blocks. Raises StageRefused: too many, or not what these layers have."""
+
+    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+        """Run a step; `take` waits for the order of the rows and the rows. Raises StageRefused."""
+
+    def settle(self, step: Step) -> None:
+        """Take note of a step in which nothing runs. Raises StageRefused."""
+
+    def layer_seconds(self) -> list[float]:
+        """What each layer took in the last step; only of a lease that measures."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Backend(Protocol):
+    """The layers."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def facts(self) -> Mapping[str, str]:
+        """What must agree with the engine's; waits until the weights are loaded."""
+
+    def open(self, hello: Hello) -> Lease:
+        """A lease, once `facts` has returned. Raises StageRefused."""
+
+
+class StageServer:
+    """Listens from the start; `serve` returns after `stop`."""
+
+    def __init__(
+        self, listen: tuple[str, int], backend: Backend, access: Access, metrics: StageMetrics
+    ) -> None:
+        """Raises OSError: the address cannot be had."""
+        family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
+        self._listener = socket.create_server(listen, family=family)
+        self._backend = backend
+        self._access = access
+        self._metrics = metrics
+        self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
+        self._channels: set[Channel] = set()
+        self._stopping = False
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
+
+    def serve(self) -> None:
+        """Accept connections until `stop`."""
+        while not self._stopping:
+            try:
+                connected, address = self._listener.accept()
+            except OSError:
+                if self._stopping:
+                    return
+                logger.exception("accepting a connection failed")
+                time.sleep(0.1)
+                continue
+            self._strangers.acquire()
+            threading.Thread(
+                target=self._greet, args=(connected, f"{address[0]}:{address[1]}"), daemon=True
+            ).start()
+
+    def stop(self) -> None:
+        """Say Bye to all engines, and let `serve` return."""
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake `accept`
+        self._listener.close()
+        for channel in list(self._channels):
+            with contextlib.suppress(SplitError):
+                channel.send(Kind.BYE, patience=Patience(silence_s=1.0))
+            channel.close()
+
+    def _greet(self, connected: socket.socket, peer: str) -> None:
+        """Until Hello is accepted or refused; then the connection's reader."""
+        try:
+            try:
+                connected.settimeout(HELLO_S)
+                tune(connected)
+                secured = self._access.secure(connected)
+            except OSError as error:
+                connected.close()
+                self._refused(peer, "access", f"no TLS: {error}")
+                return
+            channel = Channel(secured)
+            try:
+                hello = self._hello(channel, secured)
+            except SplitError as error:
+                self._end(channel, peer, error)
+                return
+        finally:
+            self._strangers.release()
+        self._read(channel, hello, peer)
+
+    def _hello(self, channel: Channel, connected: socket.socket) -> Hello:
+        patience = Patience(silence_s=HELLO_S, total_s=HELLO_S)
+        hello = wire.decode(Hello, expect(channel.receive(patience), Kind.HELLO).metadata)
+        try:
+            self._access.check(connected, hello.token)
+        except AccessDenied as error:
+            raise StageRefused("", "access", str(error)) from error
+        _check_bounds(hello)
+        return hello
+
+    def _read(self, channel: Channel, hello: Hello, peer: str) -> None:
+        """Receive until the connection ends, and hand on to the lease's thread."""
+        self._channels.add(channel)
+        inbox: queue.Queue[Message | SplitError] = queue.Queue(QUEUED_MESSAGES)
+        worker = _LeaseThread(self._backend, hello, channel, inbox, self._metrics)
+        channel.max_metadata = wire.MAX_METADATA_BYTES
+        thread = threading.Thread(target=worker.run, args=(peer, self._end), daemon=True)
+        thread.start()
+        logger.info("engine %s has connected", peer)
+        try:
+            while thread.is_alive():
+                message = channel.receive()
+                if message.kind == Kind.BYE:
+                    raise StageLost("the engine said good-bye")
+                inbox.put(message)
+        except SplitError as error:
+            inbox.put(error)
+        finally:
+            thread.join()
+            self._channels.discard(channel)
+
+    def _end(self, channel: Channel, peer: str, error: Exception) -> None:
+        """Tell the engine why, if it is there, and close."""
+        code, text = _refusal(error)
+        if not isinstance(error, StageLost):
+            self._refused(peer, code, text)
+            with contextlib.suppress(SplitError):
+                patience = Patience(silence_s=1.0)
+                channel.send(Kind.ERROR, wire.Error(code, text), patience=patience)
+        channel.close()
+
+    def _refused(self, peer: str, code: str, text: str) -> None:
+        self._metrics.refusals.labels(code).inc()
+        logger.warning("engine %s is refused (%s): %s", peer, code, text)
+
+
+class _LeaseThread:
+    """One lease from Welcome to the end."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        hello: Hello,
+        channel: Channel,
+        inbox: queue.Queue[Message | SplitError],
+        metrics: StageMetrics,
+    ) -> None:
+        self._backend = backend
+        self._hello = hello
+        self._channel = channel
+        self._inbox = inbox
+        self._metrics = metrics
+
+    def run(self, peer: str, end: Callable[[Channel, str, Exception], None]) -> None:
+        lease: Lease | None = None
+        try:
+            facts = self._backend.facts()
+            if not self._hello.measuring:
+                _check_facts(facts, self._hello.facts)
+            lease = self._backend.open(self._hello)
+            self._metrics.leases.inc()
+            self._serve(lease)
+        except Exception as error:
+            if not isinstance(error, SplitError):
+                logger.exception("the lease of engine %s has failed", peer)
+            end(self._channel, peer, error)
+        finally:
+            if lease is not None:
+                lease.close()
+                self._metrics.leases.dec()
+                logger.info("the lease of engine %s has ended", peer)
+            self._drain()
+
+    def _serve(self, lease: Lease) -> None:
+        welcome = lease.welcome
+        form = Form(
+            self._hello.form, welcome.width, self._backend.dtype, "residual" in welcome.tensors
+        )
+        self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
+        self._channel.send(Kind.WELCOME, welcome)
+        lease.init_kv(wire.decode(KvInit, expect(self._take(), Kind.KV_INIT).metadata))
+        self._channel.send(Kind.OK)
+        number = 0
+        while True:
+            number += 1
+            message = expect(self._take(), Kind.STEP, number)
+            step = wire.decode(Step, message.metadata)
+            if not step.scheduled:
+                lease.settle(step)
+                continue
+            self._run_step(lease, form, number, step)
+
+    def _run_step(self, lease: Lease, form: Form, number: int, step: Step) -> None:
+        started = 0.0
+
+        def take() -> Rows:
+            nonlocal started
+            message = expect(self._take(), Kind.ACTS, number)
+            started = time.perf_counter()
+            order = wire.decode(Acts, message.metadata).order
+            rows = form.decode(message.payload, step.num_tokens, self._backend.device)
+            return order, rows
+
+        payload = form.encode(lease.run(step, take))
+        seconds = time.perf_counter() - started
+        measured = StepSeconds(seconds, lease.layer_seconds()) if self._hello.measuring else None
+        self._channel.send(Kind.REPLY, measured, payload, number)
+        self._metrics.steps.inc()
+        self._metrics.tokens.inc(step.num_tokens)
+        self._metrics.step_seconds.observe(time.perf_counter() - started)
+
+    def _take(self) -> Message:
+        item = self._inbox.get()
+        if isinstance(item, SplitError):
+            raise item
+        return item
+
+    def _drain(self) -> None:
+        """Let a reader that waits to hand on a message see that nobody takes it."""
+        self._channel.close()
+        while True:
+            try:
+                self._inbox.get_nowait()
+            except queue.Empty:
+                return
+
+
+def _check_facts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    difference = Fingerprint(ours).first_difference(Fingerprint(theirs))
+    if difference is not None:
+        raise StageRefused("", "model", f"not what this stage holds: {difference} (the engine)")
+
+
+def _check_bounds(hello: Hello) -> None:
+    if hello.form not in FORMS:
+        raise StageRefused("", "protocol", f"unknown form of activations {hello.form[:20]!r}")
+    for name, value, most in (
+        ("max_model_len", hello.max_model_len, wire.MAX_MODEL_LEN),
+        ("max_requests", hello.max_requests, wire.MAX_REQUESTS),
+        ("max_tokens", hello.max_tokens, wire.MAX_BATCH_TOKENS),
+    ):
+        if not 1 <= value <= most:
+            raise StageRefused("", "protocol", f"{name} {value} is not from 1 to {most}")
+
+
+def _refusal(error: Exception) -> tuple[str, str]:
+    """Code and text for the other side; nothing of our insides."""
+    if isinstance(error, StageRefused):
+        return error.code, error.reason
+    if isinstance(error, WireError | msgspec.ValidationError):
+        return "protocol", str(error)
+    if isinstance(error, StageLost):
+        return "protocol", str(error)
+    if isinstance(error, MemoryError):
+        return "memory", "the stage is out of memory"
+    return "internal", f"the step failed ({type(error).__name__}); the stage's log has more"

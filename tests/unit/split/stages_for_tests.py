@@ -1,0 +1,157 @@
+"""A stage without vLLM: its layers add one to hidden states and two to the residual."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from mcp_vllm.config.split import SplitConfig, StageSecurity
+from mcp_vllm.split.access import Access
+from mcp_vllm.split.activations import Activations
+from mcp_vllm.split.errors import StageRefused
+from mcp_vllm.split.link import Link, Stages
+from mcp_vllm.split.stage_server import Rows, StageServer
+from mcp_vllm.split.wire import About, Hello, KvGroup, KvInit, NewRequest, Step, Welcome
+from mcp_vllm.telemetry.stage_metrics import StageMetrics
+
+WIDTH = 8
+FACTS = {"layers": "1:3", "model.weights": "aaaa", "dtype": "bfloat16", "block_tokens": "16"}
+SPEC = ("FullAttentionSpec", {"block_size": 16})
+KV_INIT = KvInit(num_blocks=8, layout=None, groups=[KvGroup(["layers.1"], SPEC)])
+HELLO = Hello(facts=FACTS, max_model_len=64, max_requests=4, max_tokens=32, form="raw")
+
+
+@dataclass
+class AddingLayers:
+    """The backend. `during_step` runs inside each step, `loaded` opens the stage."""
+
+    during_step: Callable[[], None] = lambda: None
+    max_leases: int = 1
+    facts_: Mapping[str, str] = field(default_factory=lambda: dict(FACTS))
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.loaded = threading.Event()
+        self.loaded.set()
+        self.leases: list[AddingLease] = []
+        self.measured: MeasuredLease | None = None
+
+    def facts(self) -> Mapping[str, str]:
+        self.loaded.wait()
+        return self.facts_
+
+    def open(self, hello: Hello) -> AddingLease:
+        if len(self.leases) >= self.max_leases:
+            raise StageRefused("", "busy", "all leases are taken")
+        lease = MeasuredLease(self) if hello.measuring else AddingLease(self)
+        self.leases.append(lease)
+        return lease
+
+
+class AddingLease:
+    welcome = Welcome({"layers.1": SPEC}, 1 << 20, ["hidden_states", "residual"], WIDTH)
+
+    def __init__(self, backend: AddingLayers) -> None:
+        self._backend = backend
+        self.settled: list[Step] = []
+
+    def init_kv(self, kv_init: KvInit) -> None:
+        assert kv_init == KV_INIT
+
+    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+        order, rows = take()
+        assert sorted(order) == sorted(alias for alias, _ in step.scheduled)
+        self._backend.during_step()
+        assert rows.residual is not None
+        return Activations(rows.hidden + 1, rows.residual + 2)
+
+    def layer_seconds(self) -> list[float]:
+        raise AssertionError("not a lease that measures")
+
+    def settle(self, step: Step) -> None:
+        self.settled.append(step)
+
+    def close(self) -> None:
+        self._backend.leases.remove(self)
+
+
+class MeasuredLease(AddingLease):
+    """Of a lease that measures: keeps what it is told, and says times that were agreed on."""
+
+    LAYER_S = (1e-6, 2e-6)
+    about = About("1:3", "made-up", 1 << 30, ["float32", "bfloat16"], "bfloat16")
+    welcome = msgspec.structs.replace(AddingLease.welcome, about=about)
+
+    def __init__(self, backend: AddingLayers) -> None:
+        super().__init__(backend)
+        self.steps: list[Step] = []
+        backend.measured = self
+
+    def init_kv(self, kv_init: KvInit) -> None:
+        self.kv_init = kv_init
+
+    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+        self.steps.append(step)
+        return super().run(step, take)
+
+    def layer_seconds(self) -> list[float]:
+        return list(self.LAYER_S)
+
+
+@dataclass
+class RunningStage:
+    address: str
+    backend: AddingLayers
+    metrics: StageMetrics
+    server: StageServer
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"mcp_stage_{name}", labels) or 0.0
+
+
+@contextlib.contextmanager
+def running_stage(
+    backend: AddingLayers | None = None, security: StageSecurity | None = None
+) -> Iterator[RunningStage]:
+    backend, metrics = backend or AddingLayers(), StageMetrics()
+    server = StageServer(("127.0.0.1", 0), backend, Access(security or StageSecurity()), metrics)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        yield RunningStage(f"127.0.0.1:{server.port}", backend, metrics, server)
+    finally:
+        server.stop()
+        thread.join()
+
+
+def stages(*addresses: str, hello: Hello = HELLO, **settings: object) -> Stages:
+    config = SplitConfig.load({"layers": "1:3", "stages": list(addresses), **settings})
+    return Stages(config, hello, torch.bfloat16)
+
+
+def leased(*addresses: str, **settings: object) -> Link:
+    """A link that is ready for steps."""
+    link = stages(*addresses, **settings).connect(patient=False)
+    link.init_kv(KV_INIT, 5.0)
+    return link
+
+
+def step_of(count: int) -> Step:
+    return Step([], [NewRequest(1, count, 0, [[1]])], [], [(1, count)], [], [])
+
+
+def rows_of(count: int) -> Activations:
+    hidden = torch.arange(count * WIDTH).view(count, WIDTH).bfloat16()
+    return Activations(hidden, -hidden)
+
+
+def raw_connection(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), 10)

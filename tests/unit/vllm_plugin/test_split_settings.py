@@ -1,0 +1,60 @@
+"""What `--mcp-split` sets among vLLM's arguments, and what it contradicts."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mcp_vllm.config import ConfigError
+from mcp_vllm.config.split import SplitConfig
+from mcp_vllm.vllm_plugin import split_settings
+
+SPLIT = '{"layers": "4:14", "stages": ["127.0.0.1:7090"]}'
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+
+def test_executor_scheduler_and_eager_mode_are_set_and_the_settings_travel_along():
+    args = SimpleNamespace(model="m", additional_config={"theirs": 1})
+    split_settings.apply(args, SPLIT)
+    assert args.distributed_executor_backend == split_settings.EXECUTOR
+    assert args.scheduler_cls == split_settings.SCHEDULER
+    assert (args.enforce_eager, args.async_scheduling) == (True, False)
+    assert args.additional_config["theirs"] == 1
+    travelled = SplitConfig.load(args.additional_config[split_settings.SETTINGS_KEY])
+    assert travelled == SplitConfig.load(SPLIT)
+
+
+def test_a_second_call_changes_nothing():
+    args = SimpleNamespace()
+    split_settings.apply(args, SPLIT)
+    before = dict(vars(args))
+    split_settings.apply(args, SPLIT)
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend"),
+        ({"scheduler_cls": "mine.Scheduler"}, "--scheduler-cls"),
+        ({"async_scheduling": True}, "--async-scheduling"),
+        ({"kv_transfer_config": object()}, "--kv-connector"),
+    ],
+)
+def test_a_contradiction_names_both_flags(given, flag):
+    with pytest.raises(split_settings.SplitFlagError, match=f"--mcp-split contradicts {flag}"):
+        split_settings.apply(SimpleNamespace(**given), SPLIT)
+
+
+def test_the_second_model_runner_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(split_settings.SplitFlagError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        split_settings.apply(SimpleNamespace(), SPLIT)
+
+
+def test_settings_that_are_not_valid_are_refused_as_such():
+    with pytest.raises(ConfigError, match="stages"):
+        split_settings.apply(SimpleNamespace(), '{"layers": "4:14"}')
