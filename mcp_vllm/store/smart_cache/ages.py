@@ -8,10 +8,10 @@ counts those that have not come back yet.
 
 from __future__ import annotations
 
-from mcp_vllm.store.smart_cache.hazard import factor_of, learn
-from mcp_vllm.store.smart_cache.layout import COUNTED, EDGES, NOW, NUM_BINS, State, step
+from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
+from mcp_vllm.store.smart_cache.layout import COUNTED, EDGES, NOW, NUM_BINS, NUM_TABLES, State, step
 
-REUSED, PASSED, INSIDE = 0, 1, 2  # rows of `State.hazards`
+REUSED, PASSED, INSIDE = 0, 1, 2  # rows of `State.hazards` and `State.tables`
 
 
 @step
@@ -23,10 +23,7 @@ def advance(state: State, now_s: float) -> None:
     for bin_ in range(NUM_BINS - 1, -1, -1):
         slot = state.queues[0, bin_]
         while slot >= 0 and now_s - state.records[slot].last_use_s >= EDGES[bin_ + 1]:
-            factor = factor_of(state, slot, bin_)
-            use_class = state.records[slot].use_class
-            state.hazards[PASSED, use_class, bin_] += factor
-            learn(state, slot, bin_, 0.0, state.hazards[3, use_class, bin_] * factor)
+            count(state, PASSED, slot, bin_, 1.0)
             leave_bin(state, slot)
             enter_bin(state, slot, bin_ + 1)
             slot = state.queues[0, bin_]
@@ -34,15 +31,20 @@ def advance(state: State, now_s: float) -> None:
 
 @step
 def note_reuse(state: State, slot: int) -> None:
-    """A record is used again: its class had a reuse at this age."""
-    record = state.records[slot]
-    bin_ = record.bin
+    """A record is used again: its kind had a reuse at this age, half-way through the bin."""
+    bin_ = state.records[slot].bin
     if bin_ < NUM_BINS:
-        factor = factor_of(state, slot, bin_)
-        state.hazards[REUSED, record.use_class, bin_] += 1.0
-        state.hazards[PASSED, record.use_class, bin_] += 0.5 * factor
-        expected = 0.5 * state.hazards[3, record.use_class, bin_] * factor
-        learn(state, slot, bin_, 1.0, expected)
+        count(state, REUSED, slot, bin_, 1.0)
+        count(state, PASSED, slot, bin_, 0.5)
+
+
+@step
+def count(state: State, row: int, slot: int, bin_: int, by: float) -> None:
+    """Add to a count of the record's kind in all tables."""
+    kind = int(state.records[slot].kind)
+    state.hazards[row, uses_of(kind), bin_] += by
+    for table in range(NUM_TABLES):
+        state.tables[row, table, class_of(kind, table), bin_] += by
 
 
 @step
@@ -59,12 +61,12 @@ def enter_bin(state: State, slot: int, bin_: int) -> None:
     else:
         state.queues[0, bin_] = slot
     state.queues[1, bin_] = slot
-    state.hazards[INSIDE, record.use_class, bin_] += 1.0
+    count(state, INSIDE, slot, bin_, 1.0)
 
 
 @step
 def leave_bin(state: State, slot: int) -> None:
-    """Take a record out of its bin."""
+    """Take a record out of its bin; its kind must be the one with which it came in."""
     record = state.records[slot]
     bin_ = record.bin
     if record.older >= 0:
@@ -76,4 +78,4 @@ def leave_bin(state: State, slot: int) -> None:
     else:
         state.queues[1, bin_] = record.older
     record.flags &= ~COUNTED & 0xFF
-    state.hazards[INSIDE, record.use_class, bin_] -= 1.0
+    count(state, INSIDE, slot, bin_, -1.0)

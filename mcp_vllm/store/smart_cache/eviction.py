@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mcp_vllm.store.smart_cache.hazard import index_of
 from mcp_vllm.store.smart_cache.layout import (
     BUDGET_BYTES,
     EVICTIONS,
@@ -32,7 +33,7 @@ TENANT_SAMPLE = 16  # from either end of a tenant's leaves
 def score(state: State, slot: int) -> float:
     """Expected saved milliseconds for a byte held for a second."""
     record = state.records[slot]
-    rate = float(state.index[record.curve, record.bin])
+    rate = index_of(state, int(record.kind), int(record.bin))
     return rate * float(record.saved_ms) / max(1, record.size_bytes)
 
 

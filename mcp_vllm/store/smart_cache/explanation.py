@@ -7,7 +7,8 @@ import numpy as np
 from mcp_vllm.store.smart_cache import layout
 from mcp_vllm.store.smart_cache.ages import advance
 from mcp_vllm.store.smart_cache.eviction import score
-from mcp_vllm.store.smart_cache.hazard import ESTIMATE
+from mcp_vllm.store.smart_cache.hazard import DAMPING, ESTIMATE
+from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
 from mcp_vllm.store.smart_cache.layout import COUNTED, HELD, State
 from mcp_vllm.store.smart_cache.results import Explanation
 from mcp_vllm.store.smart_cache.tree import BYTES
@@ -17,12 +18,13 @@ def of(state: State, slot: int, now_s: float) -> Explanation:
     """Why the record's block has the score that it has."""
     advance(state, now_s)
     record = state.records[slot]
-    bin_ = min(int(record["bin"]), layout.NUM_BINS - 1)
-    phase = int(layout.EDGES[bin_] >= state.seconds[layout.PHASE_EDGE])
-    levels = state.features[slot].tolist()
+    kind, bin_ = int(record["kind"]), min(int(record["bin"]), layout.NUM_BINS - 1)
+    levels = np.unravel_index(kind, tuple(layout.LEVELS.values()))
+    base = float(state.hazards[ESTIMATE, uses_of(kind), bin_])
     factors = {
-        name: (level, float(np.exp(state.weights[0, feature, level, phase])))
-        for feature, (name, level) in enumerate(zip(layout.FEATURES, levels, strict=True))
+        name: float(np.exp(DAMPING * state.tables[ESTIMATE, table, class_of(kind, table), bin_]))
+        for table, name in enumerate(layout.TABLES)
+        if state.active[table]
     }
     return Explanation(
         held=bool(record["flags"] & HELD),
@@ -34,9 +36,9 @@ def of(state: State, slot: int, now_s: float) -> Explanation:
         turn=int(record["turn"]),
         size_bytes=int(record["size_bytes"]),
         saved_ms=float(record["saved_ms"]),
-        hazard=float(1 - np.exp(-state.hazards[ESTIMATE, record["use_class"], bin_])),
-        factor=float(np.prod([factor for _, factor in factors.values()])),
-        features=factors,
+        hazard=float(1 - np.exp(-base)),
+        levels=dict(zip(layout.LEVELS, map(int, levels), strict=True)),
+        factors=factors,
     )
 
 

@@ -1,10 +1,10 @@
 """When blocks come back, learned from those that do and those that do not.
 
-A *hazard* is the chance that a block which is that old is used before it leaves its age bin. It is
-counted a class of blocks (by how often they were used) and a bin, and multiplied by a factor a
-feature level, one for young blocks and one for old: a proportional hazards model (Cox 1972), fitted
-by steps of the gradient over what each level was learned from. All of it fades, so that a change of
-the load is followed.
+A *hazard* is how often blocks of an age are used before they leave their age bin. It is counted for
+all blocks, for blocks of equal uses, and for the classes of a few tables, each of which looks at
+other features. A class starts from the hazard of its uses and leaves it as its own count grows; what
+the tables say is multiplied, damped because they partly say the same. Counts fade, so that a change
+of the load is followed.
 
 The score is an *index* in the sense of Gittins (1979): keeping a block costs room for a time and may
 bring one reuse; the index is the best ratio of expected reuses to expected seconds over all times at
@@ -17,162 +17,113 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
 from mcp_vllm.store.smart_cache.layout import (
+    CLASSES_PER_USE,
     EDGES,
-    FACTORS_PER_OCTAVE,
     NUM_BINS,
-    NUM_FACTORS,
-    NUM_FEATURES,
-    NUM_LEVELS,
-    NUM_PHASES,
-    NUM_USE_CLASSES,
-    PHASE_EDGE,
+    NUM_CLASSES,
+    NUM_REFRESHES,
+    NUM_TABLES,
+    NUM_USES,
     State,
     step,
 )
 
 FIRST_HAZARD = 0.1  # of an age bin that nothing is known of; each older bin has less
 OLDER_BIN_HAZARD = 0.7
-PRIOR_BLOCKS = 20.0  # how many blocks the pooled estimate counts for beside a class's own
-LEARNING_RATE = 0.5
-MAX_LOG_FACTOR = 3.0
-ESTIMATE = 3  # row of `State.hazards`
-
-
-@step
-def factor_of(state: State, slot: int, bin_: int) -> float:
-    """How much likelier than its class this block is to come back at that age."""
-    phase = 0 if EDGES[bin_] < state.seconds[PHASE_EDGE] else 1
-    total = 0.0
-    for feature in range(NUM_FEATURES):
-        total += state.weights[0, feature, state.features[slot, feature], phase]
-    return math.exp(total)
-
-
-@step
-def learn(state: State, slot: int, bin_: int, seen: float, expected: float) -> None:
-    """Note that `seen` reuses came where `expected` were."""
-    phase = 0 if EDGES[bin_] < state.seconds[PHASE_EDGE] else 1
-    for feature in range(NUM_FEATURES):
-        level = state.features[slot, feature]
-        state.weights[1, feature, level, phase] += seen - expected
-        state.weights[2, feature, level, phase] += expected
-
-
-@step
-def curve_of(state: State, slot: int) -> int:
-    """Which row of the index is this block's, with the weights of now."""
-    curve = int(state.records[slot].use_class)
-    for phase in range(NUM_PHASES):
-        total = 0.0
-        for feature in range(NUM_FEATURES):
-            total += state.weights[0, feature, state.features[slot, feature], phase]
-        octaves = total / math.log(2.0) * FACTORS_PER_OCTAVE
-        level = int(math.floor(octaves + 0.5)) + NUM_FACTORS // 2
-        curve = curve * NUM_FACTORS + min(max(level, 0), NUM_FACTORS - 1)
-    return curve
+# What the coarser estimate counts for beside a class's own counts. A request's blocks come back
+# together, so this many blocks (of all ages; reuses expected of a class) are only a few requests.
+PRIOR_BLOCKS = 20.0
+PRIOR_REUSES = 100.0
+DAMPING = 0.8
+ESTIMATE = 3  # row of `State.hazards` and `State.tables`
 
 
 @step
 def refresh(state: State, fade: float) -> None:
-    """Take in what was learned since the last refresh: weights, hazards, the index.
+    """Take in what was counted since the last refresh.
 
     Args:
         fade: what remains of older counts, up to 1.
     """
-    _step_weights(state, fade)
-    _estimate_hazards(state, fade)
-    _set_phase_edge(state)
-    chances = np.empty((NUM_FACTORS, NUM_BINS))
-    groups = np.empty((NUM_BINS, 3))
-    for use_class in range(NUM_USE_CLASSES):
-        for level in range(NUM_FACTORS):
-            factor = 2.0 ** ((level - NUM_FACTORS // 2) / FACTORS_PER_OCTAVE)
-            for bin_ in range(NUM_BINS):
-                hazard = state.hazards[ESTIMATE, use_class, bin_]
-                chances[level, bin_] = 1.0 - math.exp(-hazard * factor)
-        for young in range(NUM_FACTORS):
-            for old in range(NUM_FACTORS):
-                curve = (use_class * NUM_FACTORS + young) * NUM_FACTORS + old
-                _fill_index(state, curve, chances[young], chances[old], groups)
+    state.hazards[:2] *= fade
+    state.tables[:2] *= fade
+    _estimate_hazards(state)
+    for table in range(NUM_TABLES):
+        for class_ in range(NUM_CLASSES):
+            _estimate_ratios(state, table, class_)
+    state.numbers[NUM_REFRESHES] += 1
 
 
 @step
-def _step_weights(state: State, fade: float) -> None:
-    for feature in range(NUM_FEATURES):
-        for level in range(NUM_LEVELS):
-            for phase in range(NUM_PHASES):
-                slope = state.weights[1, feature, level, phase]
-                weight = state.weights[0, feature, level, phase]
-                weight += LEARNING_RATE * slope / (
-                    state.weights[2, feature, level, phase] + PRIOR_BLOCKS
-                )
-                state.weights[0, feature, level, phase] = min(
-                    max(weight, -MAX_LOG_FACTOR), MAX_LOG_FACTOR
-                )
-                state.weights[1, feature, level, phase] = 0.0
-                state.weights[2, feature, level, phase] *= fade
+def index_of(state: State, kind: int, bin_: int) -> float:
+    """Reuses a second to expect of a block of this kind and age."""
+    if state.versions[kind] != state.numbers[NUM_REFRESHES]:
+        _fill_index(state, kind)
+        state.versions[kind] = state.numbers[NUM_REFRESHES]
+    return float(state.index[kind, bin_])
 
 
 @step
-def _estimate_hazards(state: State, fade: float) -> None:
-    """Hazards a class, drawn to that of all classes, which is drawn to that of the bin before.
+def hazard_of(state: State, kind: int, bin_: int) -> float:
+    """Reuses to expect of a block of this kind while it is in this bin."""
+    total = 0.0
+    for table in range(NUM_TABLES):
+        if state.active[table]:
+            total += state.tables[ESTIMATE, table, class_of(kind, table), bin_]
+    return float(state.hazards[ESTIMATE, uses_of(kind), bin_] * math.exp(DAMPING * total))
+
+
+@step
+def _estimate_hazards(state: State) -> None:
+    """Hazards by uses, drawn to that of all blocks, which is drawn to that of the bin before.
 
     A record still inside a bin has been through half of it.
     """
     before = FIRST_HAZARD
     for bin_ in range(NUM_BINS):
         reused = exposed = 0.0
-        for use_class in range(NUM_USE_CLASSES):
-            state.hazards[0, use_class, bin_] *= fade
-            state.hazards[1, use_class, bin_] *= fade
-            reused += state.hazards[0, use_class, bin_]
-            exposed += state.hazards[1, use_class, bin_] + 0.5 * state.hazards[2, use_class, bin_]
+        for uses in range(NUM_USES):
+            reused += state.hazards[0, uses, bin_]
+            exposed += state.hazards[1, uses, bin_] + 0.5 * state.hazards[2, uses, bin_]
         pooled = (reused + PRIOR_BLOCKS * before) / (exposed + PRIOR_BLOCKS)
         before = pooled * OLDER_BIN_HAZARD
-        for use_class in range(NUM_USE_CLASSES):
-            own = state.hazards[1, use_class, bin_] + 0.5 * state.hazards[2, use_class, bin_]
-            state.hazards[ESTIMATE, use_class, bin_] = (
-                state.hazards[0, use_class, bin_] + PRIOR_BLOCKS * pooled
+        for uses in range(NUM_USES):
+            own = state.hazards[1, uses, bin_] + 0.5 * state.hazards[2, uses, bin_]
+            state.hazards[ESTIMATE, uses, bin_] = (
+                state.hazards[0, uses, bin_] + PRIOR_BLOCKS * pooled
             ) / (own + PRIOR_BLOCKS)
 
 
 @step
-def _set_phase_edge(state: State) -> None:
-    """Young is what is younger than half of all reuses."""
-    total = 0.0
+def _estimate_ratios(state: State, table: int, class_: int) -> None:
+    """How much likelier a class comes back than others of its uses: over all ages, then at each."""
+    counts = state.tables[:, table, class_]
+    base = state.hazards[ESTIMATE, class_ // CLASSES_PER_USE]
+    reused = expected = 0.0
     for bin_ in range(NUM_BINS):
-        for use_class in range(NUM_USE_CLASSES):
-            total += state.hazards[0, use_class, bin_]
-    if total < PRIOR_BLOCKS:
-        return
-    reached = 0.0
+        reused += counts[0, bin_]
+        expected += (counts[1, bin_] + 0.5 * counts[2, bin_]) * base[bin_]
+    pooled = (reused + PRIOR_REUSES) / (expected + PRIOR_REUSES)
     for bin_ in range(NUM_BINS):
-        for use_class in range(NUM_USE_CLASSES):
-            reached += state.hazards[0, use_class, bin_]
-        if reached >= 0.5 * total:
-            state.seconds[PHASE_EDGE] = EDGES[bin_]
-            return
+        expected = (counts[1, bin_] + 0.5 * counts[2, bin_]) * base[bin_] * pooled
+        own = (counts[0, bin_] + PRIOR_REUSES) / (expected + PRIOR_REUSES)
+        counts[ESTIMATE, bin_] = math.log(pooled * own)
 
 
 @step
-def _fill_index(
-    state: State,
-    curve: int,
-    young: NDArray[np.float64],
-    old: NDArray[np.float64],
-    groups: NDArray[np.float64],
-) -> None:
-    """One row of the index, from the chance of a reuse in each bin.
+def _fill_index(state: State, kind: int) -> None:
+    """One row of the index.
 
     From the oldest bin to the youngest, bins are merged into groups (reuses, seconds, share that
     stays) as long as waiting for the next group pays more than stopping before it.
     """
+    groups = np.empty((NUM_BINS, 3))
     num_groups = 0
     for bin_ in range(NUM_BINS - 1, -1, -1):
-        chance = young[bin_] if EDGES[bin_] < state.seconds[PHASE_EDGE] else old[bin_]
+        chance = 1.0 - math.exp(-hazard_of(state, kind, bin_))
         reuses, staying = chance, 1.0 - chance
         seconds = (1.0 - 0.5 * chance) * (EDGES[bin_ + 1] - EDGES[bin_])
         while num_groups:
@@ -187,5 +138,5 @@ def _fill_index(
         groups[num_groups, 1] = seconds
         groups[num_groups, 2] = staying
         num_groups += 1
-        state.index[curve, bin_] = reuses / seconds
-    state.index[curve, NUM_BINS] = 0.0
+        state.index[kind, bin_] = reuses / seconds
+    state.index[kind, NUM_BINS] = 0.0

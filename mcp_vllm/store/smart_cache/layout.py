@@ -23,27 +23,18 @@ EDGES = np.concatenate(
     ([0.0], YOUNGEST_S * 2.0 ** (np.arange(NUM_BINS) / BINS_PER_OCTAVE))
 )  # shape (NUM_BINS + 1,), seconds; bin b is EDGES[b] to EDGES[b + 1]
 
-# Uses before this one: 0, 1, 2, 3, 4-5, 6-9, 10-29, more.
-NUM_USE_CLASSES = 8
-FEATURES = (
-    "gap",
-    "new",
-    "turn",
-    "tail",
-    "output",
-    "depth",
-    "pause",
-    "branch",
-    "shared",
-    "ended",
-)
-NUM_FEATURES = len(FEATURES)
-NUM_LEVELS = 12
-NUM_PHASES = 2
-# How much likelier than its class a block is to come back, in half octaves, young and old.
-NUM_FACTORS = 16
-FACTORS_PER_OCTAVE = 2
-NUM_CLASSES = NUM_USE_CLASSES * NUM_FACTORS**NUM_PHASES
+# What is known of a block at its last use, in levels; a combination is a *kind*.
+# Uses before this one: 0, 1, 2, 3, 4-5, 6-9, 10-29, more. New blocks in the request, by octave. Turn
+# of the session. Tokens of the answer, by octave from 8; the last level is "not known". What ended
+# the turn. Blocks from here to the end of the chain: 0, 1, 2-3, 4-7, 8-15, more.
+LEVELS = {"uses": 8, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
+NUM_USES, NUM_NEW, NUM_TURNS, NUM_OUTPUTS, NUM_ENDS, NUM_TAILS = LEVELS.values()
+NUM_KINDS = math.prod(LEVELS.values())
+# Each table tells kinds apart by the uses and a few of the others: see `kinds.py`.
+TABLES = ("new, turn, last", "output, ended, last", "tail")
+NUM_TABLES = len(TABLES)
+CLASSES_PER_USE = 64
+NUM_CLASSES = NUM_USES * CLASSES_PER_USE
 
 HELD, PROTECTED, COUNTED = 1, 2, 4
 
@@ -60,13 +51,11 @@ RECORD = np.dtype(
         ("younger", np.int32),
         ("tenant_before", np.int32),  # neighbours among the tenant's leaves
         ("tenant_after", np.int32),
-        ("curve", np.uint16),  # which curve of `State.index` tells its score
+        ("kind", np.uint16),
         ("pins", np.uint16),
         ("tenant", np.uint16),
         ("uses", np.uint16),
-        ("chain", np.uint16),  # blocks of the chain that used it last
         ("turn", np.uint8),
-        ("use_class", np.uint8),
         ("bin", np.uint8),
         ("flags", np.uint8),
     ],
@@ -90,10 +79,11 @@ RECORD = np.dtype(
     NEXT_REFRESH,
     RANDOM,
     EVICTIONS,
+    NUM_REFRESHES,
     NUM_NUMBERS,
-) = range(16)
+) = range(17)
 # Places in `State.seconds`; the score of the last block evicted is kept there too.
-NOW, PHASE_EDGE, LAST_SCORE, NUM_SECONDS = range(4)
+NOW, LAST_SCORE, NUM_SECONDS = range(3)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -103,27 +93,29 @@ class State(NamedTuple):
 
     Attributes:
         records: `RECORD`, shape (slots,).
-        features: uint8, shape (slots, NUM_FEATURES): the level of each feature at the last use.
         table: int32, shape (a power of two,): open addressing from fingerprint to slot.
         leaves: int32, shape (slots,): held, without a held child, not pinned.
         queues: int32, shape (2, NUM_BINS + 1): oldest and youngest record of each age bin.
-        hazards: float64, shape (4, NUM_USE_CLASSES, NUM_BINS + 1): reuses seen, records that
-            passed the bin, records in it now, and the estimate made of these.
-        weights: float64, shape (3, NUM_FEATURES, NUM_LEVELS, NUM_PHASES): log factor, its slope
-            since the last refresh, and what it was learned from.
-        index: float32, shape (NUM_CLASSES, NUM_BINS + 1): reuses a second, see `hazard.py`.
+        hazards: float64, shape (4, NUM_USES, NUM_BINS + 1): reuses seen, records that passed the
+            bin, records in it now, and the estimate made of these.
+        tables: float64, shape (4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1): the same three counts a
+            class of each table, and the logarithm of its hazard over that of its uses alone.
+        active: bool, shape (NUM_TABLES,): tables that are used; an ablation leaves some out.
+        index: float32, shape (NUM_KINDS, NUM_BINS + 1): reuses a second, see `hazard.py`.
+        versions: int64, shape (NUM_KINDS,): which refresh a row of `index` is of.
         tenants: int64, shape (4, tenants): held bytes, quota, first and last leaf.
         numbers, seconds: named by the constants above.
     """
 
     records: NDArray[Any]
-    features: NDArray[np.uint8]
     table: NDArray[np.int32]
     leaves: NDArray[np.int32]
     queues: NDArray[np.int32]
     hazards: NDArray[np.float64]
-    weights: NDArray[np.float64]
+    tables: NDArray[np.float64]
+    active: NDArray[np.bool_]
     index: NDArray[np.float32]
+    versions: NDArray[np.int64]
     tenants: NDArray[np.int64]
     numbers: NDArray[np.int64]
     seconds: NDArray[np.float64]
@@ -153,18 +145,17 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
     tenants = np.zeros((4, max_tenants), np.int64)
     tenants[1] = np.iinfo(np.int64).max
     tenants[2:] = -1
-    seconds = np.zeros(NUM_SECONDS)
-    seconds[PHASE_EDGE] = 60.0
     return State(
         records=np.zeros(num_slots, RECORD),
-        features=np.zeros((num_slots, NUM_FEATURES), np.uint8),
         table=np.full(table_size, -1, np.int32),
         leaves=np.zeros(num_slots, np.int32),
         queues=np.full((2, NUM_BINS + 1), -1, np.int32),
-        hazards=np.zeros((4, NUM_USE_CLASSES, NUM_BINS + 1)),
-        weights=np.zeros((3, NUM_FEATURES, NUM_LEVELS, NUM_PHASES)),
-        index=np.zeros((NUM_CLASSES, NUM_BINS + 1), np.float32),
+        hazards=np.zeros((4, NUM_USES, NUM_BINS + 1)),
+        tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),
+        active=np.ones(NUM_TABLES, np.bool_),
+        index=np.zeros((NUM_KINDS, NUM_BINS + 1), np.float32),
+        versions=np.full(NUM_KINDS, -1, np.int64),
         tenants=tenants,
         numbers=numbers,
-        seconds=seconds,
+        seconds=np.zeros(NUM_SECONDS),
     )

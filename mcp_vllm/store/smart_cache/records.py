@@ -45,16 +45,13 @@ def find_or_add(state: State, fingerprint: int) -> int:
     record.saved_ms = 1.0
     record.size_bytes = 1
     record.children = 0
-    record.curve = 0
+    record.kind = 0
     record.pins = 0
     record.tenant = 0
     record.uses = 0
-    record.chain = 0
     record.turn = 0
-    record.use_class = 0
     record.bin = 0
     record.flags = 0
-    state.features[slot, :] = 0
     _name(state, slot)
     become_ghost(state, slot)
     return slot

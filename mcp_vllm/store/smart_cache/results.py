@@ -39,9 +39,9 @@ class Explanation:
         score: expected saved milliseconds a byte and second; the lowest leaves first.
         threshold: the score of the block that was evicted last, 0 if none ever was.
         age_s: since its last use.
-        hazard: the chance that it is used before it leaves its age bin, for blocks of its class.
-        factor: how much likelier than its class it is to come back, by its features.
-        features: the level of each feature and its factor at this age.
+        hazard: the chance that a block of its uses is used before it leaves its age bin.
+        levels: what is known of it at its last use, see `layout.LEVELS`.
+        factors: how much likelier than others of its uses each table says it is to come back now.
     """
 
     held: bool
@@ -54,5 +54,5 @@ class Explanation:
     size_bytes: int
     saved_ms: float
     hazard: float
-    factor: float
-    features: dict[str, tuple[int, float]]
+    levels: dict[str, int]
+    factors: dict[str, float]

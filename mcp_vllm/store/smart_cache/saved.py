@@ -1,7 +1,7 @@
 """The image of a SmartCache that survives a restart: what was learned, and every block's history.
 
-    magic "MCPS" | version, u16 | bins, u16 | features, u16 | levels, u16 | records, u32
-    | hazards (rows 0, 1) | weights | records | features | blake3 of all before, 32 bytes
+    magic "MCPS" | version, u16 | bins, u16 | kinds, u16 | tables, u16 | records, u32
+    | hazards, rows 0 and 1 | tables, rows 0 and 1 | records | blake3 of all before, 32 bytes
 
 All numbers are little endian. Ages are kept in place of times: the next process has another clock.
 Records come back as ghosts, oldest first. A reader takes an image only if its size is the one that
@@ -18,7 +18,7 @@ import numpy as np
 from mcp_vllm.errors import McpError
 from mcp_vllm.store.smart_cache import layout
 from mcp_vllm.store.smart_cache.ages import enter_bin
-from mcp_vllm.store.smart_cache.hazard import curve_of, refresh
+from mcp_vllm.store.smart_cache.hazard import refresh
 from mcp_vllm.store.smart_cache.layout import COUNTED, State
 from mcp_vllm.store.smart_cache.records import find_or_add
 
@@ -31,10 +31,8 @@ _SAVED = np.dtype(
         ("fingerprint", "<u8"),
         ("age_s", "<f8"),
         ("uses", "<u2"),
-        ("chain", "<u2"),
+        ("kind", "<u2"),
         ("turn", "u1"),
-        ("use_class", "u1"),
-        ("features", "u1", (layout.NUM_FEATURES,)),
     ]
 )
 
@@ -44,22 +42,21 @@ def dump(state: State) -> bytes:
     slots = np.flatnonzero(state.records["flags"] & COUNTED)
     slots = slots[np.argsort(state.records["last_use_s"][slots], kind="stable")]
     saved = np.empty(len(slots), _SAVED)
-    for name in ("fingerprint", "uses", "chain", "turn", "use_class"):
+    for name in ("fingerprint", "uses", "kind", "turn"):
         saved[name] = state.records[name][slots]
     saved["age_s"] = state.seconds[layout.NOW] - state.records["last_use_s"][slots]
-    saved["features"] = state.features[slots]
     body = b"".join(
         (
             _HEADER.pack(
                 _MAGIC,
                 VERSION,
                 layout.NUM_BINS,
-                layout.NUM_FEATURES,
-                layout.NUM_LEVELS,
+                layout.NUM_KINDS,
+                layout.NUM_TABLES,
                 len(saved),
             ),
             state.hazards[:2].astype("<f8").tobytes(),
-            state.weights.astype("<f8").tobytes(),
+            state.tables[:2].astype("<f8").tobytes(),
             saved.tobytes(),
         )
     )
@@ -73,12 +70,12 @@ def load(state: State, image: bytes, now_s: float) -> None:
         McpError: the image is damaged, or of another version; the state is unchanged.
     """
     num_records = _checked(state, image)
-    hazards, weights = state.hazards[:2], state.weights
+    hazards, tables = state.hazards[:2], state.tables[:2]
     start = _HEADER.size
     hazards[:] = np.frombuffer(image, "<f8", hazards.size, start).reshape(hazards.shape)
     start += hazards.nbytes
-    weights[:] = np.frombuffer(image, "<f8", weights.size, start).reshape(weights.shape)
-    saved = np.frombuffer(image, _SAVED, num_records, start + weights.nbytes)
+    tables[:] = np.frombuffer(image, "<f8", tables.size, start).reshape(tables.shape)
+    saved = np.frombuffer(image, _SAVED, num_records, start + tables.nbytes)
     state.seconds[layout.NOW] = now_s
     for each in saved[-int(state.numbers[layout.MAX_GHOSTS]) :]:
         _take(state, each, now_s)
@@ -90,12 +87,10 @@ def _take(state: State, each: np.void, now_s: float) -> None:
     record = state.records[slot]
     if record["flags"] & COUNTED:
         return
-    for name in ("uses", "chain", "turn"):
+    for name in ("uses", "turn"):
         record[name] = each[name]
-    record["use_class"] = min(int(each["use_class"]), layout.NUM_USE_CLASSES - 1)
+    record["kind"] = min(int(each["kind"]), layout.NUM_KINDS - 1)
     record["last_use_s"] = now_s - max(0.0, float(each["age_s"]))
-    state.features[slot] = np.minimum(each["features"], layout.NUM_LEVELS - 1)
-    record["curve"] = curve_of(state, slot)
     age_s = now_s - record["last_use_s"]
     bin_ = int(np.searchsorted(layout.EDGES, age_s, side="right")) - 1
     enter_bin(state, slot, min(bin_, layout.NUM_BINS))
@@ -107,10 +102,10 @@ def _checked(state: State, image: bytes) -> int:
     if len(image) < _HEADER.size + _CHECKSUM_BYTES or image[:4] != _MAGIC:
         raise McpError("this is no saved SmartCache" + remedy)
     _, version, *sizes, num_records = _HEADER.unpack_from(image)
-    ours = [layout.NUM_BINS, layout.NUM_FEATURES, layout.NUM_LEVELS]
+    ours = [layout.NUM_BINS, layout.NUM_KINDS, layout.NUM_TABLES]
     if version != VERSION or sizes != ours:
         raise McpError(f"the saved SmartCache is of version {version}, not {VERSION}" + remedy)
-    numbers = state.hazards[:2].nbytes + state.weights.nbytes
+    numbers = state.hazards[:2].nbytes + state.tables[:2].nbytes
     expected = _HEADER.size + numbers + num_records * _SAVED.itemsize + _CHECKSUM_BYTES
     body, checksum = image[:-_CHECKSUM_BYTES], image[-_CHECKSUM_BYTES:]
     if len(image) != expected or blake3.blake3(body).digest() != checksum:
