@@ -20,6 +20,7 @@ def admit_chain(
     parent: int,
     tenant: int,
     slots: NDArray[np.int32],
+    fresh: NDArray[np.bool_],
     victims: NDArray[np.int32],
 ) -> int:
     """Offer blocks of a chain, each the child of the one before, the first that of `parent`.
@@ -29,6 +30,7 @@ def admit_chain(
     Args:
         parent: a slot, or -1.
         slots: receives the slots of the blocks; -1 from the first that can never fit.
+        fresh: receives whether each was not held before.
         victims: see `make_room`; newcomers that were not kept are among them.
 
     Returns:
@@ -36,6 +38,7 @@ def admit_chain(
     """
     largest = min(state.numbers[BUDGET_BYTES], state.tenants[QUOTA, tenant])
     slots[:] = -1
+    fresh[:] = False
     for i in range(len(fingerprints)):
         if sizes[i] > largest:
             break
@@ -47,6 +50,7 @@ def admit_chain(
             record.saved_ms = saved_ms[i]
             record.tenant = tenant
             hold(state, slot, parent)
+            fresh[i] = True
         parent = slot
     num_victims = make_tenant_room(state, tenant, 0, victims)
     return num_victims + make_room(state, 0, 0, victims[:, num_victims:])
@@ -68,9 +72,7 @@ def hold_block(
 
 
 @step
-def find_all(
-    state: State, fingerprints: NDArray[np.uint64], slots: NDArray[np.int32]
-) -> None:
+def find_all(state: State, fingerprints: NDArray[np.uint64], slots: NDArray[np.int32]) -> None:
     """The slots of many names, -1 where there is none."""
     for i in range(len(fingerprints)):
         slots[i] = find(state, fingerprints[i])

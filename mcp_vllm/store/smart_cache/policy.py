@@ -7,6 +7,7 @@ drops what it names. Nothing here reads a clock but the one given, and equal cal
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
@@ -162,7 +163,7 @@ class SmartCache(Generic[Key]):
         names = self._names(blocks)
         worth = np.ones(len(names)) if saved_ms is None else saved_ms
         slots = np.empty(len(names), np.int32)
-        held_before = {key for key in blocks if key in self}
+        fresh = np.empty(len(names), np.bool_)
         num_victims = admit_chain(
             self._state,
             names,
@@ -171,21 +172,24 @@ class SmartCache(Generic[Key]):
             -1 if parent is None else self._held_slot(parent),
             self._tenant(tenant),
             slots,
+            fresh,
             self._victims,
         )
-        for slot, key in zip(slots.tolist(), blocks, strict=True):
-            if slot >= 0:
-                self._keys[slot] = key
-        left = self._take_victims(num_victims)
-        gone = set(left)
-        return Admission(
-            kept=[
-                key
-                for slot, key in zip(slots.tolist(), blocks, strict=True)
-                if slot >= 0 and key not in gone
-            ],
-            evicted=[key for key in left if key in held_before or key not in set(blocks)],
-        )
+        newcomers = dict(zip(slots[fresh].tolist(), itertools.compress(blocks, fresh), strict=True))
+        for slot, key in newcomers.items():
+            self._keys[slot] = key
+        left = set(self._victims[0, :num_victims].tolist())
+        victims = self._take_victims(num_victims)
+        kept = [
+            key
+            for slot, key in zip(slots.tolist(), blocks, strict=True)
+            if slot >= 0 and slot not in left
+        ]
+        evicted = victims
+        if not left.isdisjoint(newcomers):
+            refused = {newcomers[slot] for slot in left if slot in newcomers}
+            evicted = [key for key in victims if key not in refused]
+        return Admission(kept, evicted)
 
     def evict(
         self, size_bytes: int, num_blocks: int = 1, *, protected: Iterable[Key] = ()
@@ -269,6 +273,11 @@ class SmartCache(Generic[Key]):
     def set_quota(self, tenant: str, quota_bytes: int) -> None:
         """At most so many bytes for a tenant, from its next offer on."""
         self._state.tenants[QUOTA, self._tenant(tenant)] = quota_bytes
+
+    def use_tables(self, tables: Sequence[int]) -> None:
+        """Only these of `layout.TABLES` enter the score; a benchmark's ablation asks for it."""
+        self._state.active[:] = False
+        self._state.active[list(tables)] = True
 
     # -- for people, and for the next start
 
