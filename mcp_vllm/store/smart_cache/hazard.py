@@ -22,9 +22,11 @@ from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
 from mcp_vllm.store.smart_cache.layout import (
     CLASSES_PER_USE,
     EDGES,
+    NUM_ACCESSES,
     NUM_BINS,
     NUM_CLASSES,
     NUM_REFRESHES,
+    NUM_REQUESTS,
     NUM_TABLES,
     NUM_USES,
     State,
@@ -33,10 +35,10 @@ from mcp_vllm.store.smart_cache.layout import (
 
 FIRST_HAZARD = 0.1  # of an age bin that nothing is known of; each older bin has less
 OLDER_BIN_HAZARD = 0.7
-# What the coarser estimate counts for beside a class's own counts. A request's blocks come back
-# together, so this many blocks (of all ages; reuses expected of a class) are only a few requests.
-PRIOR_BLOCKS = 20.0
-PRIOR_REUSES = 100.0
+# What the coarser estimate counts for beside a class's own counts, in requests: the blocks of one
+# come back together, however small they are.
+PRIOR_EXPOSED = 0.8
+PRIOR_REUSED = 4.0
 DAMPING = 0.8
 ESTIMATE = 3  # row of `State.hazards` and `State.tables`
 
@@ -49,11 +51,10 @@ def refresh(state: State, fade: float) -> None:
         fade: what remains of older counts, up to 1.
     """
     state.hazards[:2] *= fade
-    state.tables[:2] *= fade
     _estimate_hazards(state)
     for table in range(NUM_TABLES):
         for class_ in range(NUM_CLASSES):
-            _estimate_ratios(state, table, class_)
+            _estimate_ratios(state, table, class_, fade)
     state.numbers[NUM_REFRESHES] += 1
 
 
@@ -67,13 +68,9 @@ def index_of(state: State, kind: int, bin_: int) -> float:
 
 
 @step
-def hazard_of(state: State, kind: int, bin_: int) -> float:
-    """Reuses to expect of a block of this kind while it is in this bin."""
-    total = 0.0
-    for table in range(NUM_TABLES):
-        if state.active[table]:
-            total += state.tables[ESTIMATE, table, class_of(kind, table), bin_]
-    return float(state.hazards[ESTIMATE, uses_of(kind), bin_] * math.exp(DAMPING * total))
+def mean_chain(state: State) -> float:
+    """Blocks of a request on average."""
+    return max(1.0, state.numbers[NUM_ACCESSES] / max(1, state.numbers[NUM_REQUESTS]))
 
 
 @step
@@ -83,34 +80,43 @@ def _estimate_hazards(state: State) -> None:
     A record still inside a bin has been through half of it.
     """
     before = FIRST_HAZARD
+    prior = PRIOR_EXPOSED * mean_chain(state)
     for bin_ in range(NUM_BINS):
         reused = exposed = 0.0
         for uses in range(NUM_USES):
             reused += state.hazards[0, uses, bin_]
             exposed += state.hazards[1, uses, bin_] + 0.5 * state.hazards[2, uses, bin_]
-        pooled = (reused + PRIOR_BLOCKS * before) / (exposed + PRIOR_BLOCKS)
+        pooled = (reused + prior * before) / (exposed + prior)
         before = pooled * OLDER_BIN_HAZARD
         for uses in range(NUM_USES):
             own = state.hazards[1, uses, bin_] + 0.5 * state.hazards[2, uses, bin_]
             state.hazards[ESTIMATE, uses, bin_] = (
-                state.hazards[0, uses, bin_] + PRIOR_BLOCKS * pooled
-            ) / (own + PRIOR_BLOCKS)
+                state.hazards[0, uses, bin_] + prior * pooled
+            ) / (own + prior)
 
 
 @step
-def _estimate_ratios(state: State, table: int, class_: int) -> None:
+def _estimate_ratios(state: State, table: int, class_: int, fade: float) -> None:
     """How much likelier a class comes back than others of its uses: over all ages, then at each."""
     counts = state.tables[:, table, class_]
     base = state.hazards[ESTIMATE, class_ // CLASSES_PER_USE]
     reused = expected = 0.0
     for bin_ in range(NUM_BINS):
+        counts[0, bin_] *= fade
+        counts[1, bin_] *= fade
         reused += counts[0, bin_]
         expected += (counts[1, bin_] + 0.5 * counts[2, bin_]) * base[bin_]
-    pooled = (reused + PRIOR_REUSES) / (expected + PRIOR_REUSES)
+    if expected == 0.0:
+        return
+    prior = PRIOR_REUSED * mean_chain(state)
+    pooled = (reused + prior) / (expected + prior)
+    log_pooled = math.log(pooled)
     for bin_ in range(NUM_BINS):
-        expected = (counts[1, bin_] + 0.5 * counts[2, bin_]) * base[bin_] * pooled
-        own = (counts[0, bin_] + PRIOR_REUSES) / (expected + PRIOR_REUSES)
-        counts[ESTIMATE, bin_] = math.log(pooled * own)
+        exposed = counts[1, bin_] + 0.5 * counts[2, bin_]
+        counts[ESTIMATE, bin_] = log_pooled
+        if exposed:
+            own = (counts[0, bin_] + prior) / (exposed * base[bin_] * pooled + prior)
+            counts[ESTIMATE, bin_] += math.log(own)
 
 
 @step
@@ -122,8 +128,14 @@ def _fill_index(state: State, kind: int) -> None:
     """
     groups = np.empty((NUM_BINS, 3))
     num_groups = 0
+    ratios = np.zeros(NUM_BINS)
+    for table in range(NUM_TABLES):
+        if state.active[table]:
+            ratios += state.tables[ESTIMATE, table, class_of(kind, table), :NUM_BINS]
+    base = state.hazards[ESTIMATE, uses_of(kind)]
     for bin_ in range(NUM_BINS - 1, -1, -1):
-        chance = 1.0 - math.exp(-hazard_of(state, kind, bin_))
+        hazard = base[bin_] * math.exp(DAMPING * ratios[bin_])
+        chance = 1.0 - math.exp(-hazard)
         reuses, staying = chance, 1.0 - chance
         seconds = (1.0 - 0.5 * chance) * (EDGES[bin_ + 1] - EDGES[bin_])
         while num_groups:

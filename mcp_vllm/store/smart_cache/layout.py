@@ -80,8 +80,9 @@ RECORD = np.dtype(
     RANDOM,
     EVICTIONS,
     NUM_REFRESHES,
+    NUM_REQUESTS,
     NUM_NUMBERS,
-) = range(17)
+) = range(18)
 # Places in `State.seconds`; the score of the last block evicted is kept there too.
 NOW, LAST_SCORE, NUM_SECONDS = range(3)
 

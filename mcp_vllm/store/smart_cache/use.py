@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcp_vllm.store.smart_cache.ages import advance, enter_bin, leave_bin, note_reuse
-from mcp_vllm.store.smart_cache.hazard import refresh
+from mcp_vllm.store.smart_cache.hazard import mean_chain, refresh
 from mcp_vllm.store.smart_cache.kinds import OUTPUT_NOT_KNOWN, level_of_uses, octave, pack
 from mcp_vllm.store.smart_cache.layout import (
     COUNTED,
@@ -16,6 +16,7 @@ from mcp_vllm.store.smart_cache.layout import (
     NOW,
     NUM_ACCESSES,
     NUM_NEW,
+    NUM_REQUESTS,
     NUM_TAILS,
     NUM_TURNS,
     State,
@@ -28,7 +29,8 @@ MOST = 65535
 # Counts lose half their weight in so many accesses: many turnovers of the cache, or a day's start.
 HALF_LIFE_TURNOVERS = 16
 MIN_HALF_LIFE = 1 << 16
-MIN_REFRESH, MAX_REFRESH = 512, 4096
+MIN_REFRESH, MAX_REFRESH = 512, 8192
+SHORTEST_S = 1e-6
 
 
 @step
@@ -52,15 +54,16 @@ def use_chain(
     Returns:
         how many leading blocks were held.
     """
+    # No two requests at one time: their order is the order of use.
+    now_s = max(now_s, state.seconds[NOW] + SHORTEST_S)
     advance(state, now_s)
-    now_s = max(now_s, state.seconds[NOW])
     length = len(fingerprints)
     forget_ghosts(state, length)
     num_known, num_held = _known_and_held(state, fingerprints, since_s)
     for depth in range(length):
         slots[depth] = find_or_add(state, fingerprints[depth])
     turn = _turn(state, slots, num_known, since_s)
-    new = octave(length - num_known, 1.0, NUM_NEW - 1)
+    new = octave(length - num_known, max(1.0, mean_chain(state) / 16), NUM_NEW - 1)
     output = OUTPUT_NOT_KNOWN
     if num_output_tokens >= 0:
         output = octave(num_output_tokens, 8.0, OUTPUT_NOT_KNOWN - 1)
@@ -114,9 +117,10 @@ def _turn(state: State, slots: NDArray[np.int32], num_known: int, since_s: float
 @step
 def _count_accesses(state: State, number: int) -> None:
     state.numbers[NUM_ACCESSES] += number
+    state.numbers[NUM_REQUESTS] += 1
     if state.numbers[NUM_ACCESSES] < state.numbers[NEXT_REFRESH]:
         return
-    interval = min(max(state.numbers[NUM_ACCESSES] // 64, MIN_REFRESH), MAX_REFRESH)
+    interval = min(max(state.numbers[NUM_ACCESSES] // 32, MIN_REFRESH), MAX_REFRESH)
     state.numbers[NEXT_REFRESH] = state.numbers[NUM_ACCESSES] + interval
     half_life = max(HALF_LIFE_TURNOVERS * state.numbers[MAX_HELD], MIN_HALF_LIFE)
     refresh(state, 0.5 ** (interval / half_life))
