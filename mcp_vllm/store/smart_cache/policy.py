@@ -288,7 +288,7 @@ class SmartCache(Generic[Key]):
 
     def save(self) -> bytes:
         """What was learned, and the history of every block, for `restore`."""
-        return saved.dump(self._state)
+        return saved.dump(self._state, float(self._clock()))
 
     def restore(self, image: bytes) -> None:
         """Take over what another cache learned; call it before anything else.

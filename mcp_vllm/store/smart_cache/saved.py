@@ -17,7 +17,7 @@ import numpy as np
 
 from mcp_vllm.errors import McpError
 from mcp_vllm.store.smart_cache import layout
-from mcp_vllm.store.smart_cache.ages import enter_bin
+from mcp_vllm.store.smart_cache.ages import advance, enter_bin
 from mcp_vllm.store.smart_cache.hazard import refresh
 from mcp_vllm.store.smart_cache.layout import COUNTED, State
 from mcp_vllm.store.smart_cache.records import find_or_add
@@ -37,8 +37,9 @@ _SAVED = np.dtype(
 )
 
 
-def dump(state: State) -> bytes:
+def dump(state: State, now_s: float) -> bytes:
     """The image of a state."""
+    advance(state, now_s)
     slots = np.flatnonzero(state.records["flags"] & COUNTED)
     slots = slots[np.argsort(state.records["last_use_s"][slots], kind="stable")]
     saved = np.empty(len(slots), _SAVED)
