@@ -1,8 +1,8 @@
 """The policies to beat: LRU, LFU, ARC, S3-FIFO and W-TinyLFU, over blocks of equal size.
 
-Each follows its paper: ARC (Megiddo and Modha, FAST '03), S3-FIFO (Yang et al., SOSP '23), W-TinyLFU
-(Einziger et al., ACM TOS 2017). All see a request's blocks leaf first, so that a block leaves before
-its parent. Used by the benchmark only.
+Each follows its paper: ARC (Megiddo and Modha, FAST '03), S3-FIFO (Yang et al., SOSP '23),
+W-TinyLFU (Einziger et al., ACM TOS 2017). All see a request's blocks leaf first, so that a block
+leaves before its parent. Used by the benchmark only.
 """
 
 from __future__ import annotations

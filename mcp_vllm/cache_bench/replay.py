@@ -23,7 +23,7 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class PrefillModel:
-    """What a block's prefill costs: linear layers at a rate, and attention that grows with position.
+    """What a prefill costs: linear layers at a rate, and attention that grows with position.
 
     Attributes:
         tokens_per_s: rate at position 0.

@@ -1,7 +1,7 @@
 """Request traces: one JSON object a line, as published with the Mooncake paper (FAST '25).
 
-`timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (ids of the prompt's blocks,
-prefix-chained: a block can hit only if all before it hit). Other fields are ignored.
+`timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (ids of the prompt's
+blocks, prefix-chained: a block can hit only if all before it hit). Other fields are ignored.
 """
 
 from __future__ import annotations

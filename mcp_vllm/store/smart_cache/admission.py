@@ -58,7 +58,7 @@ def admit_chain(
 
 @step
 def hold_block(
-    state: State, fingerprint: int, size_bytes: int, saved_ms: float, parent: int, tenant: int
+    state: State, fingerprint: np.uint64, size_bytes: int, saved_ms: float, parent: int, tenant: int
 ) -> int:
     """Hold a block for which room was made; its slot."""
     slot = find_or_add(state, fingerprint)

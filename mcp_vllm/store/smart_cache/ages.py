@@ -20,7 +20,7 @@ def advance(state: State, now_s: float) -> None:
     if now_s < state.seconds[NOW]:
         return
     state.seconds[NOW] = now_s
-    for bin_ in range(NUM_BINS - 1, -1, -1):
+    for bin_ in range(NUM_BINS):  # upwards: a record may outlive several bins in one step
         slot = state.queues[0, bin_]
         while slot >= 0 and now_s - state.records[slot].last_use_s >= EDGES[bin_ + 1]:
             count(state, PASSED, slot, bin_, 1.0)

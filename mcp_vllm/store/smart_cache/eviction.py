@@ -1,13 +1,14 @@
-"""Who leaves: the leaf with the lowest score of a random sample, and its chain while that scores no more.
+"""Who leaves: the leaf that scores least of a random sample, then its chain while that is no better.
 
-A sample of leaves, as in Redis and LHD (Beckmann et al., NSDI '18), costs the same at any size of the
-cache, and the score may change with time, which no ordered structure would follow. The generator is
-the state's own, so a replay decides the same. Few leaves are looked at one and all.
+A sample of leaves, as in Redis and LHD (Beckmann et al., NSDI '18), costs the same at any size of
+the cache, and the score may change with time, which no ordered structure would follow. The
+generator is the state's own, so a replay decides the same. Few leaves are looked at one and all.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcp_vllm.store.smart_cache.hazard import index_of
 from mcp_vllm.store.smart_cache.layout import (
@@ -50,11 +51,11 @@ def goes_before(state: State, slot: int, other: int) -> bool:
 
 
 @step
-def make_room(state: State, size_bytes: int, num_blocks: int, victims):  # type: ignore[no-untyped-def]
+def make_room(state: State, size_bytes: int, num_blocks: int, victims: NDArray[np.int32]) -> int:
     """Evict until so many bytes and blocks are free.
 
     Args:
-        victims: int32, shape (2, slots): receives slots, children before parents, and their parents.
+        victims: int32, shape (2, slots): receives slots, children first, and their parents.
 
     Returns:
         how many were evicted, or -1 when there is no room; then nothing was changed.
@@ -73,7 +74,7 @@ def make_room(state: State, size_bytes: int, num_blocks: int, victims):  # type:
 
 
 @step
-def make_tenant_room(state: State, tenant: int, size_bytes: int, victims):  # type: ignore[no-untyped-def]
+def make_tenant_room(state: State, tenant: int, size_bytes: int, victims: NDArray[np.int32]) -> int:
     """Evict this tenant's blocks until so many bytes fit into its quota; as `make_room`."""
     num_victims = 0
     while state.tenants[BYTES, tenant] + size_bytes > state.tenants[QUOTA, tenant]:
@@ -86,7 +87,14 @@ def make_tenant_room(state: State, tenant: int, size_bytes: int, victims):  # ty
 
 
 @step
-def _evict_chain(state, slot, size_bytes, num_blocks, victims, num_victims):  # type: ignore[no-untyped-def]
+def _evict_chain(
+    state: State,
+    slot: int,
+    size_bytes: int,
+    num_blocks: int,
+    victims: NDArray[np.int32],
+    num_victims: int,
+) -> int:
     limit = score(state, slot)
     while True:
         parent = state.records[slot].parent
@@ -103,7 +111,7 @@ def _evict_chain(state, slot, size_bytes, num_blocks, victims, num_victims):  # 
 
 
 @step
-def _evict(state, slot, victims, num_victims):  # type: ignore[no-untyped-def]
+def _evict(state: State, slot: int, victims: NDArray[np.int32], num_victims: int) -> int:
     state.seconds[LAST_SCORE] = score(state, slot)
     victims[0, num_victims] = slot
     victims[1, num_victims] = state.records[slot].parent
@@ -112,7 +120,7 @@ def _evict(state, slot, victims, num_victims):  # type: ignore[no-untyped-def]
 
 
 @step
-def _undo(state, victims, num_victims):  # type: ignore[no-untyped-def]
+def _undo(state: State, victims: NDArray[np.int32], num_victims: int) -> int:
     for i in range(num_victims - 1, -1, -1):
         hold(state, victims[0, i], victims[1, i])
     return -1

@@ -1,13 +1,13 @@
 """When blocks come back, learned from those that do and those that do not.
 
-A *hazard* is how often blocks of an age are used before they leave their age bin. It is counted for
-all blocks, for blocks of equal uses, and for the classes of a few tables, each of which looks at
-other features. A class starts from the hazard of its uses and leaves it as its own count grows; what
-the tables say is multiplied, damped because they partly say the same. Counts fade, so that a change
-of the load is followed.
+A *hazard* is how often blocks of an age are used before they leave their age bin. It is counted
+for all blocks, for blocks of equal uses, and for the classes of a few tables, each of which looks
+at other features. A class starts from the hazard of its uses and leaves it as its own count grows;
+what the tables say is multiplied, damped because they partly say the same. Counts fade, so that a
+change of the load is followed.
 
-The score is an *index* in the sense of Gittins (1979): keeping a block costs room for a time and may
-bring one reuse; the index is the best ratio of expected reuses to expected seconds over all times at
+The score is an *index* in the sense of Gittins (1979): keeping a block takes room for a time and
+may bring one reuse; the index is the best ratio of expected reuses to expected seconds over all times at
 which one could stop waiting. A session that is about to answer is worth more than one that has just
 spoken, and both more than one that should have spoken long ago.
 """
@@ -64,7 +64,7 @@ def index_of(state: State, kind: int, bin_: int) -> float:
     if state.versions[kind] != state.numbers[NUM_REFRESHES]:
         _fill_index(state, kind)
         state.versions[kind] = state.numbers[NUM_REFRESHES]
-    return float(state.index[kind, bin_])
+    return float(state.rates[kind, bin_])
 
 
 @step
@@ -150,5 +150,5 @@ def _fill_index(state: State, kind: int) -> None:
         groups[num_groups, 1] = seconds
         groups[num_groups, 2] = staying
         num_groups += 1
-        state.index[kind, bin_] = reuses / seconds
-    state.index[kind, NUM_BINS] = 0.0
+        state.rates[kind, bin_] = reuses / seconds
+    state.rates[kind, NUM_BINS] = 0.0

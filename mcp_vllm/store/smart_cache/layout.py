@@ -24,9 +24,10 @@ EDGES = np.concatenate(
 )  # shape (NUM_BINS + 1,), seconds; bin b is EDGES[b] to EDGES[b + 1]
 
 # What is known of a block at its last use, in levels; a combination is a *kind*.
-# Uses before this one: 0, 1, 2, 3, 4-5, 6-9, 10-29, more. New blocks in the request, by octave. Turn
-# of the session. Tokens of the answer, by octave from 8; the last level is "not known". What ended
-# the turn. Blocks from here to the end of the chain: 0, 1, 2-3, 4-7, 8-15, more.
+# Uses before this one: 0, 1, 2, 3, 4-5, 6-9, 10-29, more. New blocks in the request, by octave from
+# a sixteenth of a mean chain. Turn of the session. Tokens of the answer, by octave from 8; the last
+# level is "not known". What ended the turn. Blocks from here to the end of the chain: 0, 1, 2-3,
+# 4-7, 8-15, more.
 LEVELS = {"uses": 8, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
 NUM_USES, NUM_NEW, NUM_TURNS, NUM_OUTPUTS, NUM_ENDS, NUM_TAILS = LEVELS.values()
 NUM_KINDS = math.prod(LEVELS.values())
@@ -102,8 +103,8 @@ class State(NamedTuple):
         tables: float64, shape (4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1): the same three counts a
             class of each table, and the logarithm of its hazard over that of its uses alone.
         active: bool, shape (NUM_TABLES,): tables that are used; an ablation leaves some out.
-        index: float32, shape (NUM_KINDS, NUM_BINS + 1): reuses a second, see `hazard.py`.
-        versions: int64, shape (NUM_KINDS,): which refresh a row of `index` is of.
+        rates: float32, shape (NUM_KINDS, NUM_BINS + 1): reuses a second, see `hazard.py`.
+        versions: int64, shape (NUM_KINDS,): which refresh a row of `rates` is of.
         tenants: int64, shape (4, tenants): held bytes, quota, first and last leaf.
         numbers, seconds: named by the constants above.
     """
@@ -115,7 +116,7 @@ class State(NamedTuple):
     hazards: NDArray[np.float64]
     tables: NDArray[np.float64]
     active: NDArray[np.bool_]
-    index: NDArray[np.float32]
+    rates: NDArray[np.float32]
     versions: NDArray[np.int64]
     tenants: NDArray[np.int64]
     numbers: NDArray[np.int64]
@@ -154,7 +155,7 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
         hazards=np.zeros((4, NUM_USES, NUM_BINS + 1)),
         tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),
         active=np.ones(NUM_TABLES, np.bool_),
-        index=np.zeros((NUM_KINDS, NUM_BINS + 1), np.float32),
+        rates=np.zeros((NUM_KINDS, NUM_BINS + 1), np.float32),
         versions=np.full(NUM_KINDS, -1, np.int64),
         tenants=tenants,
         numbers=numbers,

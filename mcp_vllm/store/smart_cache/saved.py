@@ -1,6 +1,7 @@
 """The image of a SmartCache that survives a restart: what was learned, and every block's history.
 
     magic "MCPS" | version, u16 | bins, u16 | kinds, u16 | tables, u16 | records, u32
+    | accesses, u64 | requests, u64
     | hazards, rows 0 and 1 | tables, rows 0 and 1 | records | blake3 of all before, 32 bytes
 
 All numbers are little endian. Ages are kept in place of times: the next process has another clock.
@@ -23,9 +24,10 @@ from mcp_vllm.store.smart_cache.layout import COUNTED, State
 from mcp_vllm.store.smart_cache.records import find_or_add
 
 VERSION = 1
-_HEADER = struct.Struct("<4sHHHHI")
+_HEADER = struct.Struct("<4sHHHHIQQ")
 _MAGIC = b"MCPS"
 _CHECKSUM_BYTES = 32
+_MOST_ACCESSES = 1 << 60
 _SAVED = np.dtype(
     [
         ("fingerprint", "<u8"),
@@ -55,6 +57,8 @@ def dump(state: State, now_s: float) -> bytes:
                 layout.NUM_KINDS,
                 layout.NUM_TABLES,
                 len(saved),
+                int(state.numbers[layout.NUM_ACCESSES]),
+                int(state.numbers[layout.NUM_REQUESTS]),
             ),
             state.hazards[:2].astype("<f8").tobytes(),
             state.tables[:2].astype("<f8").tobytes(),
@@ -71,6 +75,10 @@ def load(state: State, image: bytes, now_s: float) -> None:
         McpError: the image is damaged, or of another version; the state is unchanged.
     """
     num_records = _checked(state, image)
+    accesses, requests = _HEADER.unpack_from(image)[-2:]
+    state.numbers[layout.NUM_ACCESSES] = min(accesses, _MOST_ACCESSES)
+    state.numbers[layout.NUM_REQUESTS] = min(requests, _MOST_ACCESSES)
+    state.numbers[layout.NEXT_REFRESH] = state.numbers[layout.NUM_ACCESSES]
     hazards, tables = state.hazards[:2], state.tables[:2]
     start = _HEADER.size
     hazards[:] = np.frombuffer(image, "<f8", hazards.size, start).reshape(hazards.shape)
@@ -102,7 +110,7 @@ def _checked(state: State, image: bytes) -> int:
     remedy = "; delete it, and the cache learns anew"
     if len(image) < _HEADER.size + _CHECKSUM_BYTES or image[:4] != _MAGIC:
         raise McpError("this is no saved SmartCache" + remedy)
-    _, version, *sizes, num_records = _HEADER.unpack_from(image)
+    _, version, *sizes, num_records, _, _ = _HEADER.unpack_from(image)
     ours = [layout.NUM_BINS, layout.NUM_KINDS, layout.NUM_TABLES]
     if version != VERSION or sizes != ours:
         raise McpError(f"the saved SmartCache is of version {version}, not {VERSION}" + remedy)

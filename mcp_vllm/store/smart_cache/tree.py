@@ -1,7 +1,7 @@
 """Which records are held, whose children they are, and which are leaves.
 
-Only leaves can be evicted: held, no held child, not pinned. That is how a parent never leaves before
-its children. A tenant's leaves are also a list of their own, for quotas.
+Only leaves can be evicted: held, no held child, not pinned. That is how a parent never leaves
+before its children. A tenant's leaves are also a list of their own, for quotas.
 """
 
 from __future__ import annotations

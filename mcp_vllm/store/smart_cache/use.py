@@ -89,7 +89,9 @@ def use_chain(
 
 
 @step
-def _known_and_held(state: State, fingerprints: NDArray[np.uint64], since_s: float):  # type: ignore[no-untyped-def]
+def _known_and_held(
+    state: State, fingerprints: NDArray[np.uint64], since_s: float
+) -> tuple[int, int]:
     """How many leading blocks were used before this request, and how many are held."""
     num_known = num_held = 0
     knows = holds = True

@@ -95,10 +95,9 @@ class Owner:
         num_held = self.cache.access(chain, num_output_tokens=size)
         leading = next((i for i, key in enumerate(chain) if key not in self.held), len(chain))
         assert num_held == leading
-        before = set(self.held)
         admission = self.cache.offer(chain, [size] * len(chain), tenant=tenant)
         self.leave(admission.evicted)
-        self.held.update({key: tenant for key in admission.kept})
+        self.held.update(dict.fromkeys(admission.kept, tenant))
         self.log.append(tuple(admission.kept))
 
     def step(self, name: str, *given: object) -> None:
