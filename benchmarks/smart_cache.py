@@ -5,8 +5,7 @@
 A step is one block of a request: its use is learned from, it is offered, and what must leave is
 chosen. The cache is full of one chain a session before anything is measured; then half of the
 requests continue a session that is held and half begin one. Keys are 36 bytes, as vLLM's. Memory is
-what
-the process grew by while the cache was made and filled twice over, so that its ghosts are all
+what the process grew by while the cache was made and filled twice over, so that its ghosts are all
 there, over the blocks held; without the keys, which the owner has anyway.
 """
 

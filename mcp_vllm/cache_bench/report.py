@@ -82,9 +82,11 @@ def draw(scores: Sequence[Score], trace: Trace, path: Path) -> None:
     for name in dict.fromkeys(score.policy for score in scores):
         line = [(s.capacity / trace.num_blocks, s.hit_rate) for s in scores if s.policy == name]
         line.sort()
-        style = {"linewidth": 2.5} if name == SMART_CACHE else {"linewidth": 1.2}
+        width = 2.5 if name == SMART_CACHE else 1.2
         dashes = "--" if name == BELADY else "-"
-        axes.plot(*zip(*line, strict=True), dashes, marker="o", markersize=3, label=name, **style)
+        axes.plot(
+            *zip(*line, strict=True), dashes, marker="o", markersize=3, label=name, linewidth=width
+        )
     axes.set_xscale("log")
     axes.set_xlabel("capacity, share of distinct blocks")
     axes.set_ylabel("block hit rate, prefix rule")

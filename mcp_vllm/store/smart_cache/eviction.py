@@ -1,4 +1,4 @@
-"""Who leaves: the leaf that scores least of a random sample, then its chain while that is no better.
+"""Who leaves: the leaf that scores least of a sample, then its chain while that is no better.
 
 A sample of leaves, as in Redis and LHD (Beckmann et al., NSDI '18), costs the same at any size of
 the cache, and the score may change with time, which no ordered structure would follow. The

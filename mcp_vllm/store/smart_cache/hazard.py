@@ -7,9 +7,9 @@ what the tables say is multiplied, damped because they partly say the same. Coun
 change of the load is followed.
 
 The score is an *index* in the sense of Gittins (1979): keeping a block takes room for a time and
-may bring one reuse; the index is the best ratio of expected reuses to expected seconds over all times at
-which one could stop waiting. A session that is about to answer is worth more than one that has just
-spoken, and both more than one that should have spoken long ago.
+may bring one reuse; the index is the best ratio of expected reuses to expected seconds over all
+times at which one could stop waiting. A session that is about to answer is worth more than one that
+has just spoken, and both more than one that should have spoken long ago.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Steps of `SmartCache`; each takes its `State` and changes it in place.
 
 from __future__ import annotations
 
+import numpy as np
+
 from mcp_vllm.store.smart_cache.ages import leave_bin
 from mcp_vllm.store.smart_cache.layout import (
     COUNTED,
@@ -21,7 +23,7 @@ from mcp_vllm.store.smart_cache.layout import (
 
 
 @step
-def find(state: State, fingerprint: int) -> int:
+def find(state: State, fingerprint: np.uint64) -> int:
     """The slot of a fingerprint, or -1."""
     mask = len(state.table) - 1
     place = int(fingerprint) & mask
@@ -33,7 +35,7 @@ def find(state: State, fingerprint: int) -> int:
 
 
 @step
-def find_or_add(state: State, fingerprint: int) -> int:
+def find_or_add(state: State, fingerprint: np.uint64) -> int:
     """The slot of a fingerprint: a new record is a ghost that was never used."""
     slot = find(state, fingerprint)
     if slot >= 0:
