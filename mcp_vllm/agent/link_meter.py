@@ -15,6 +15,7 @@ ASSUMED = Link(bytes_s=125e6, latency_s=0.001)
 MAX_BYTES_S = 1e11
 # A measurement that old does not say that a link is slow: it may have been mended.
 STALE_S = 60.0
+LUMP_BYTES = 64 << 10
 # What a measurement needs before a load is given up because of it.
 SURE_S, SURE_BYTES = 0.05, 1 << 20
 
@@ -39,6 +40,12 @@ class LinkMeter:
         self._seconds = self._seconds * keep + seconds
         if num_bytes:
             self.last_s = time.monotonic()
+
+    def note_silence(self, seconds: float) -> None:
+        """A wait for bytes was ended that long after it began. It says something of the link only
+        if a packetful should have come meanwhile: bytes come in lumps."""
+        if self.is_measured and seconds * self.link.bytes_s > LUMP_BYTES:
+            self.note_payload(0, seconds)
 
     def note_latency(self, seconds: float) -> None:
         """A small request was answered after that time."""

@@ -79,13 +79,16 @@ class PeerHttp:
         """
         received = bytearray()
         while len(received) < size:
-            part, begun_s = b"", time.perf_counter()
+            begun_s = time.perf_counter()
             try:
                 async with asyncio.timeout(self._stall_s):
                     part = await response.content.read(size - len(received))
-            finally:
+            except (asyncio.CancelledError, TimeoutError):
                 if meter is not None:
-                    meter.note_payload(len(part), time.perf_counter() - begun_s)
+                    meter.note_silence(time.perf_counter() - begun_s)
+                raise
+            if meter is not None and part:
+                meter.note_payload(len(part), time.perf_counter() - begun_s)
             if not part:
                 raise WireError("closed", "the stream was cut off")
             received += part

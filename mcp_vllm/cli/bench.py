@@ -1,4 +1,4 @@
-"""`mcp-vllm bench`: measurements on a model of your own."""
+"""`mcp-vllm bench`: measurements on a model, or a trace of requests, of your own."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import typer
 from mcp_vllm.cli.progress import counting
 from mcp_vllm.errors import McpError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure on your own model.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Measure on your own model or trace."
+)
 
+_CAPACITIES = ["1%", "3%", "10%", "30%"]
 _DEFAULT = ["lossless", "near-lossless", "balanced", "small"]
 
 
 @app.callback()
 def bench() -> None:
-    """Measure on your own model."""
+    """Measure on your own model or trace."""
 
 
 @app.command()
@@ -64,3 +67,60 @@ def quality(
     Console().print(report.table(made))
     if json_file:
         json_file.write_text(json.dumps(made, indent=1), encoding="utf-8")
+
+
+@app.command()
+def cache(
+    trace: Annotated[
+        Path, typer.Option(help="Requests, one JSON object a line: docs/smart-cache.md.")
+    ],
+    capacity: Annotated[
+        list[str], typer.Option(metavar="BLOCKS|SHARE%", help="Once per capacity.")
+    ] = _CAPACITIES,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="SmartCache without each of its tables, too.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw hit rate over capacity here.")] = None,
+    prefill_rate: Annotated[
+        float, typer.Option(min=1, help="Tokens a second of a prefill's start, for time saved.")
+    ] = 5000.0,
+) -> None:
+    """Replay a trace: SmartCache beside LRU, LFU, ARC, S3-FIFO, W-TinyLFU and the optimum."""
+    from rich.console import Console
+
+    from mcp_vllm.cache_bench import replay, report
+    from mcp_vllm.cache_bench import trace as traces
+
+    read = traces.read(trace)
+    capacities = sorted({_blocks(each, read.num_blocks) for each in capacity})
+    with counting("replaying") as on_step:
+        scores = replay.replay(
+            read,
+            capacities,
+            replay.policies(ablate),
+            replay.PrefillModel(tokens_per_s=prefill_rate),
+            on_step,
+        )
+    console = Console()
+    console.print(report.table(scores, read))
+    for blocks, share in report.closed(scores).items():
+        console.print(f"{blocks} blocks: {share:.1%} of the way from the best classic to Belady")
+    if json_file:
+        json_file.write_text(json.dumps(report.as_json(scores, read), indent=1), encoding="utf-8")
+    if png:
+        report.draw(scores, read, png)
+
+
+def _blocks(capacity: str, num_blocks: int) -> int:
+    """A capacity in blocks, from a number or a share of the distinct blocks."""
+    try:
+        if capacity.endswith("%"):
+            return max(1, int(float(capacity[:-1]) / 100 * num_blocks))
+        return max(1, int(capacity))
+    except ValueError:
+        raise McpError(
+            f"--capacity {capacity} is neither a number nor a share such as 3%"
+        ) from None

@@ -25,11 +25,12 @@ from mcp_vllm.link.protocol import SLOWER, GroupLayout
 TOKENS = 128
 GROUPS = (GroupLayout(((0, CHUNK_BYTES),), "bf16", 64, tokens=TOKENS),)
 NUM_CHUNKS = 64
-FAST, SLOW = 1e9, 100e3
-LOOKUP_MS = 500
-# The chunks take 7 s over the slow link, and a tenth of a second over a fast one, also on a machine
-# that does much else.
-COMPUTES_IN_A_SECOND = PrefillCost(0.0, 1 / (NUM_CHUNKS * TOKENS), 0.0, 1 << 20)
+FAST, SLOW = 1e9, 50e3
+LOOKUP_MS = 1000
+# The chunks take 31 s over the slow link, and a tenth of a second over a fast one: far enough from
+# computing also on a machine that does much else.
+COMPUTE_S = 10.0
+COMPUTES_SLOWLY = PrefillCost(0.0, COMPUTE_S / (NUM_CHUNKS * TOKENS), 0.0, 1 << 20)
 COMPUTES_IN_NO_TIME = PrefillCost(0.0, 1e-8, 0.0, 1 << 20)
 
 
@@ -79,14 +80,16 @@ def decisions(agent, choice: str) -> float:
 
 async def test_a_fast_link_is_used_and_its_prediction_recorded(tmp_path):
     async with two_hosts(tmp_path, FAST) as (engine, here, _):
-        assert await look_up(engine, "r", COMPUTES_IN_A_SECOND) == NUM_CHUNKS
+        assert await look_up(engine, "r", COMPUTES_SLOWLY) == NUM_CHUNKS
         assert not (await load(engine, "r")).failed
         report = await get_json(here, "/v1/peers")
         (peer,) = report["peers"]
         assert peer["loads"]["loaded"] == 1
         assert peer["loads"]["predicted_actual"] > 0
-        assert 0 < peer["loads"]["saved_s"] < 1
-        assert report["prefill_tokens_s"] == pytest.approx(NUM_CHUNKS * TOKENS, rel=0.01)
+        assert 0 < peer["loads"]["saved_s"] < COMPUTE_S
+        assert report["prefill_tokens_s"] == pytest.approx(
+            NUM_CHUNKS * TOKENS / COMPUTE_S, rel=0.01
+        )
         assert decisions(here, "load") == 1
         assert metric(here, "mcp_agent_saved_seconds_total") > 0
         assert metric(here, "mcp_agent_load_prediction_ratio_count", source="peer") == 1
@@ -94,15 +97,15 @@ async def test_a_fast_link_is_used_and_its_prediction_recorded(tmp_path):
 
 async def test_a_slow_link_is_given_up_in_time_and_then_not_tried(tmp_path):
     async with two_hosts(tmp_path, SLOW) as (engine, here, _):
-        assert await look_up(engine, "first", COMPUTES_IN_A_SECOND) == NUM_CHUNKS
+        assert await look_up(engine, "first", COMPUTES_SLOWLY) == NUM_CHUNKS
         started_s = time.monotonic()
         done = await load(engine, "first")
         taken_s = time.monotonic() - started_s
         assert done.causes[0] == SLOWER
         # What came is the beginning of the context.
         assert done.failed == frozenset(range(NUM_CHUNKS - len(done.failed), NUM_CHUNKS))
-        assert taken_s < 1.0  # 7 s would be the whole load
-        assert await look_up(engine, "second", COMPUTES_IN_A_SECOND) < NUM_CHUNKS
+        assert taken_s < COMPUTE_S / 2
+        assert await look_up(engine, "second", COMPUTES_SLOWLY) < NUM_CHUNKS
         (peer,) = (await get_json(here, "/v1/peers"))["peers"]
         assert peer["up"]
         assert peer["mb_s"] == pytest.approx(SLOW / 1e6, rel=0.7)
@@ -114,12 +117,12 @@ async def test_a_slow_link_is_given_up_in_time_and_then_not_tried(tmp_path):
 
 async def test_a_link_that_was_slow_long_ago_is_tried_again(tmp_path):
     async with two_hosts(tmp_path, SLOW) as (engine, here, throttle):
-        await look_up(engine, "first", COMPUTES_IN_A_SECOND)
+        await look_up(engine, "first", COMPUTES_SLOWLY)
         await load(engine, "first")
         throttle.bytes_s = FAST
         meter = next(iter(here._peers)).plan.meter
         meter.last_s -= 3600
-        assert await look_up(engine, "second", COMPUTES_IN_A_SECOND) == NUM_CHUNKS
+        assert await look_up(engine, "second", COMPUTES_SLOWLY) == NUM_CHUNKS
         assert not (await load(engine, "second")).failed
 
 
@@ -132,7 +135,7 @@ async def test_always_means_always(tmp_path):
 
 async def test_the_own_store_is_judged_too_once_it_was_measured(tmp_path):
     async with two_hosts(tmp_path, FAST) as (engine, here, _):
-        await look_up(engine, "r", COMPUTES_IN_A_SECOND)
+        await look_up(engine, "r", COMPUTES_SLOWLY)
         await load(engine, "r")
         assert not (await load(engine, "r")).failed  # from the store, by the same measure
         engine.prepare("s", prefill=COMPUTES_IN_NO_TIME)
@@ -144,9 +147,8 @@ async def test_the_own_store_is_judged_too_once_it_was_measured(tmp_path):
 
 async def test_without_a_measurement_a_peers_word_counts(tmp_path):
     async with two_hosts(tmp_path, SLOW) as (engine, here, throttle):
-        there = here._config.peers  # its agent never had an engine that measured anything
-        assert there
         plan = next(iter(here._peers)).plan
+        await until(lambda: here._context.fingerprints, "the agent to know its engine")
         namespace = next(iter(here._context.fingerprints))
         plan.meter.note_payload(int(SLOW), 1.0)
         assert await look_up(engine, "assumed", None) == 0

@@ -110,3 +110,23 @@ def test_latency_follows_slowly():
     assert meter.link.latency_s == 0.1
     meter.note_latency(0.2)
     assert 0.1 < meter.link.latency_s < 0.15
+
+
+def test_a_wait_that_was_cut_short_says_something_only_of_a_fast_link():
+    slow, fast = LinkMeter(), LinkMeter()
+    slow.note_payload(16_000, 0.3)
+    fast.note_payload(10_000_000, 0.3)
+    for meter in (slow, fast):
+        before = meter.link.bytes_s
+        meter.note_silence(0.3)
+        assert (meter.link.bytes_s == before) == (meter is slow)
+
+
+def test_an_old_measurement_does_not_make_a_link_slow_for_ever():
+    meter = LinkMeter()
+    meter.note_payload(10_000, 1.0)
+    assert meter.expected == meter.link
+    meter.last_s -= 3600
+    assert meter.expected.bytes_s == ASSUMED.bytes_s
+    meter.note_payload(1_000_000, 0.01)
+    assert meter.link.bytes_s == pytest.approx(100e6)

@@ -1,0 +1,163 @@
+"""What SmartCache keeps a block, as arrays that the compiled steps work on.
+
+A *record* stands for a block that is held, or was (a ghost: what came of it still teaches). Records
+are slots of one structured array, named by their number; -1 is none. Lists run through the records,
+so a step allocates nothing. Owned by the `SmartCache` that made it; no locks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+# Ages are counted in bins, two an octave: from a tenth of a second to a week, whatever the service.
+BINS_PER_OCTAVE = 2
+YOUNGEST_S = 0.1
+NUM_BINS = math.ceil(math.log2(7 * 86400 / YOUNGEST_S) * BINS_PER_OCTAVE)
+EDGES = np.concatenate(
+    ([0.0], YOUNGEST_S * 2.0 ** (np.arange(NUM_BINS) / BINS_PER_OCTAVE))
+)  # shape (NUM_BINS + 1,), seconds; bin b is EDGES[b] to EDGES[b + 1]
+
+# What is known of a block at its last use, in levels; a combination is a *kind*.
+# Uses before this one: 0, 1, 2, 3, 4-5, 6-9, 10-29, more. New blocks in the request, by octave from
+# a sixteenth of a mean chain. Turn of the session. Tokens of the answer, by octave from 8; the last
+# level is "not known". What ended the turn. Blocks from here to the end of the chain: 0, 1, 2-3,
+# 4-7, 8-15, more.
+LEVELS = {"uses": 8, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
+NUM_USES, NUM_NEW, NUM_TURNS, NUM_OUTPUTS, NUM_ENDS, NUM_TAILS = LEVELS.values()
+NUM_KINDS = math.prod(LEVELS.values())
+# Each table tells kinds apart by the uses and a few of the others: see `kinds.py`.
+TABLES = ("new, turn, last", "output, ended, last", "tail")
+NUM_TABLES = len(TABLES)
+CLASSES_PER_USE = 64
+NUM_CLASSES = NUM_USES * CLASSES_PER_USE
+
+HELD, PROTECTED, COUNTED = 1, 2, 4
+
+RECORD = np.dtype(
+    [
+        ("fingerprint", np.uint64),
+        ("last_use_s", np.float64),
+        ("saved_ms", np.float32),
+        ("size_bytes", np.int32),
+        ("parent", np.int32),  # held: the slot of its parent; ghost: the ghost before it
+        ("leaf", np.int32),  # held: its place among the leaves; ghost: the ghost after it
+        ("children", np.int32),  # those that are held
+        ("older", np.int32),  # neighbours of the same age bin; a free slot: the next free one
+        ("younger", np.int32),
+        ("tenant_before", np.int32),  # neighbours among the tenant's leaves
+        ("tenant_after", np.int32),
+        ("kind", np.uint16),
+        ("pins", np.uint16),
+        ("tenant", np.uint16),
+        ("uses", np.uint16),
+        ("turn", np.uint8),
+        ("bin", np.uint8),
+        ("flags", np.uint8),
+    ],
+    align=True,
+)
+
+# Places in `State.numbers`.
+(
+    NUM_HELD,
+    NUM_GHOSTS,
+    NUM_LEAVES,
+    NUM_SLOTS_USED,
+    FREE_SLOT,
+    OLDEST_GHOST,
+    NEWEST_GHOST,
+    MAX_HELD,
+    MAX_GHOSTS,
+    BUDGET_BYTES,
+    HELD_BYTES,
+    NUM_ACCESSES,
+    NEXT_REFRESH,
+    RANDOM,
+    EVICTIONS,
+    NUM_REFRESHES,
+    NUM_REQUESTS,
+    NUM_NUMBERS,
+) = range(18)
+# Places in `State.seconds`; the score of the last block evicted is kept there too.
+NOW, LAST_SCORE, NUM_SECONDS = range(3)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class State(NamedTuple):
+    """All of a SmartCache's numbers.
+
+    Attributes:
+        records: `RECORD`, shape (slots,).
+        table: int32, shape (a power of two,): open addressing from fingerprint to slot.
+        leaves: int32, shape (slots,): held, without a held child, not pinned.
+        queues: int32, shape (2, NUM_BINS + 1): oldest and youngest record of each age bin.
+        hazards: float64, shape (4, NUM_USES, NUM_BINS + 1): reuses seen, records that passed the
+            bin, records in it now, and the estimate made of these.
+        tables: float64, shape (4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1): the same three counts a
+            class of each table, and the logarithm of its hazard over that of its uses alone.
+        active: bool, shape (NUM_TABLES,): tables that are used; an ablation leaves some out.
+        rates: float32, shape (NUM_KINDS, NUM_BINS + 1): reuses a second, see `hazard.py`.
+        versions: int64, shape (NUM_KINDS,): which refresh a row of `rates` is of.
+        tenants: int64, shape (4, tenants): held bytes, quota, first and last leaf.
+        numbers, seconds: named by the constants above.
+    """
+
+    records: NDArray[Any]
+    table: NDArray[np.int32]
+    leaves: NDArray[np.int32]
+    queues: NDArray[np.int32]
+    hazards: NDArray[np.float64]
+    tables: NDArray[np.float64]
+    active: NDArray[np.bool_]
+    rates: NDArray[np.float32]
+    versions: NDArray[np.int64]
+    tenants: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+
+
+def step(function: Function) -> Function:
+    """Compile a step at its first call, or load it from numba's cache on disk.
+
+    A cached step does not notice that a step of another file, which it calls, was edited: after
+    such an edit delete the folder's `__pycache__`.
+    """
+    try:
+        compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # No folder to cache in is writable: compile for this process only.
+        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: int) -> State:
+    """An empty cache that has learned nothing. Memory is taken as records come, not here."""
+    num_slots = max_held + max_ghosts
+    table_size = 1 << max(4, (num_slots * 3 // 2 - 1).bit_length())
+    numbers = np.zeros(NUM_NUMBERS, np.int64)
+    numbers[[FREE_SLOT, OLDEST_GHOST, NEWEST_GHOST]] = -1
+    numbers[MAX_HELD], numbers[MAX_GHOSTS] = max_held, max_ghosts
+    numbers[BUDGET_BYTES] = budget_bytes
+    tenants = np.zeros((4, max_tenants), np.int64)
+    tenants[1] = np.iinfo(np.int64).max
+    tenants[2:] = -1
+    return State(
+        records=np.zeros(num_slots, RECORD),
+        table=np.full(table_size, -1, np.int32),
+        leaves=np.zeros(num_slots, np.int32),
+        queues=np.full((2, NUM_BINS + 1), -1, np.int32),
+        hazards=np.zeros((4, NUM_USES, NUM_BINS + 1)),
+        tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),
+        active=np.ones(NUM_TABLES, np.bool_),
+        rates=np.zeros((NUM_KINDS, NUM_BINS + 1), np.float32),
+        versions=np.full(NUM_KINDS, -1, np.int64),
+        tenants=tenants,
+        numbers=numbers,
+        seconds=np.zeros(NUM_SECONDS),
+    )

@@ -1,0 +1,89 @@
+"""Request traces made for the tests of eviction policies: chats, and what is hard for a cache."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+
+from mcp_vllm.cache_bench.trace import Request, Trace
+
+BLOCK_TOKENS = 512
+
+
+def trace_of(chains: list[tuple[float, list[int]]]) -> Trace:
+    """A trace of (time in seconds, blocks) pairs."""
+    numbers: dict[int, int] = {}
+    requests = [
+        Request(
+            time_s,
+            tuple(numbers.setdefault(block, len(numbers)) for block in chain),
+            len(chain) * BLOCK_TOKENS,
+            200,
+        )
+        for time_s, chain in sorted(chains, key=lambda each: each[0])
+    ]
+    accesses = sum(len(request.blocks) for request in requests)
+    return Trace(requests, len(numbers), accesses, BLOCK_TOKENS)
+
+
+def chats(num_sessions: int = 600, seed: int = 0) -> Trace:
+    """Chats over one system prompt: most end after a turn, some go on, with pauses of minutes."""
+    rng = random.Random(seed)
+    fresh = itertools.count(1)
+    chains: list[tuple[float, list[int]]] = []
+    pending: list[tuple[float, int, list[int]]] = []
+    for session in range(num_sessions):
+        first = [0, *(next(fresh) for _ in range(rng.choice([2, 4, 8, 16, 40])))]
+        heapq.heappush(pending, (rng.uniform(0, 3 * num_sessions), session, first))
+    while pending:
+        time_s, session, chain = heapq.heappop(pending)
+        chains.append((time_s, chain))
+        if rng.random() < (0.3 if len(chain) > 30 else 0.6):
+            longer = [*chain[:-1], *(next(fresh) for _ in range(rng.randint(2, 4)))]
+            later = time_s + rng.lognormvariate(4.6, 0.8)
+            heapq.heappush(pending, (later, session, longer))
+    return trace_of(chains)
+
+
+def scan(num_requests: int = 3000, seed: int = 0) -> Trace:
+    """A few popular documents, asked about again and again among one-time prompts."""
+    rng = random.Random(seed)
+    fresh = itertools.count(100_000)
+    documents = [[i * 100 + j for j in range(10)] for i in range(30)]
+    chains = []
+    for i in range(num_requests):
+        once = rng.random() < 0.8
+        chain = [next(fresh) for _ in range(10)] if once else rng.choice(documents)
+        chains.append((float(i), chain))
+    return trace_of(chains)
+
+
+def loop(capacity: int, num_rounds: int = 40) -> Trace:
+    """Documents asked about in turn, together a tenth more than the cache."""
+    documents = [[i * 100 + j for j in range(10)] for i in range(int(capacity * 1.1) // 10)]
+    asked = itertools.chain.from_iterable(itertools.repeat(documents, num_rounds))
+    return trace_of([(float(i), chain) for i, chain in enumerate(asked)])
+
+
+def shift(num_requests: int = 6000, seed: int = 0) -> Trace:
+    """Popular documents, all replaced by others half-way."""
+    rng = random.Random(seed)
+    chains = []
+    for i in range(num_requests):
+        rank = min(int(rng.paretovariate(0.9)), 400)
+        half = 0 if i < num_requests // 2 else 1
+        chains.append((float(i), [(half * 1000 + rank) * 100 + j for j in range(5)]))
+    return trace_of(chains)
+
+
+def flood(num_requests: int = 4000, seed: int = 0) -> Trace:
+    """Chats of many, while one client sends one-time prompts, nine requests of ten."""
+    rng = random.Random(seed)
+    fresh = itertools.count(10_000_000)
+    calm = list(chats(num_requests // 20, seed).requests)
+    chains = [(request.time_s, list(request.blocks)) for request in calm]
+    end = calm[-1].time_s
+    for _ in range(9 * len(calm)):
+        chains.append((rng.uniform(0, end), [next(fresh) for _ in range(10)]))
+    return trace_of(chains)
