@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mcp_vllm.agent.codecs import AgentCodecs
+from mcp_vllm.agent.disk import open_disk
 from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.agent.pins import SessionPins
@@ -20,11 +21,12 @@ from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
 from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.link.protocol import GroupLayout
-from mcp_vllm.security.seals import Seals, key_id_of
+from mcp_vllm.security.seals import Seals
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.manifest import Manifest, SessionRegistry
-from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
+from mcp_vllm.store.ram import ChunkKey, RamStore
 from mcp_vllm.store.tenants import TenantLedger
+from mcp_vllm.store.tiers import Held, Tiers, seal_id_of
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class AgentContext:
     """Owned by the agent's event loop; only the pool's functions run elsewhere.
 
     Attributes:
+        store: the chunks in memory; `tiers` those on disk too.
         seals: what opens and seals frames; the agent's security sets it before anything is served.
     """
 
@@ -67,6 +70,7 @@ class AgentContext:
         self.agent_id = uuid.uuid4().hex[:12]
         tenants = config.tenants
         self.store = RamStore(config.agent.ram_bytes, tenants=TenantLedger(tenants.ram_bytes_of))
+        self.tiers = Tiers(self.store, open_disk(config.agent.disk))
         self.sessions = SessionRegistry(config.agent.max_sessions, tenants.sessions_of)
         self.seals = Seals()
         self.metrics = AgentMetrics()
@@ -95,24 +99,27 @@ class AgentContext:
     def readable(self, reader: Reader, namespace: bytes, key: bytes) -> ChunkKey | None:
         """The chunk of that key which an engine here can be given; None: a miss."""
         for name in reader.names(namespace, key):
-            chunk = self.store.get(name)
-            if chunk is not None and self.seals.opens(name.tenant, chunk.frame):
+            if self.is_readable(name):
                 return name
         return None
 
-    def sealed_by(self, name: ChunkKey, chunk: Chunk) -> str:
+    def is_readable(self, name: ChunkKey) -> bool:
+        """Whether the chunk is here, and opens."""
+        held = self.tiers.find(name)
+        return held is not None and self.seals.opens_key(name.tenant, seal_id_of(held))
+
+    def sealed_by(self, name: ChunkKey, held: Held) -> str:
         """The id of the key that its frame is, or will be, sealed with; empty: not sealed."""
-        sealed = key_id_of(chunk.frame) if chunk.frame is not None else ""
-        return sealed or next(iter(self.seals.key_ids(name.tenant)), "")
+        return seal_id_of(held) or next(iter(self.seals.key_ids(name.tenant)), "")
 
     def names_of(self, manifest: Manifest, keys: Sequence[bytes] | None = None) -> list[ChunkKey]:
         """The session's chunks (all, or those of `keys`, in that order) under the names that they
         have here: its tenant's own, or a shared one."""
         reader = self.reader(manifest.key.tenant)
-        store, namespace = self.store, manifest.namespace
+        tiers, namespace = self.tiers, manifest.namespace
         return [
             next(
-                (name for name in reader.names(namespace, key) if name in store),
+                (name for name in reader.names(namespace, key) if name in tiers),
                 reader.own(namespace, key),
             )
             for key in (manifest.chunk_keys() if keys is None else keys)

@@ -151,10 +151,10 @@ class EnginePort:
         self._decisions = LoadDecisions(context, self._namespace, self.hello.groups)
         reader, self._writer = await asyncio.open_connection(sock=sock)
         feed = InventoryFeed(
-            context.store,
+            context.tiers,
             self._namespace,
             lambda inventory: self._writer.write(protocol.pack(inventory)),
-            self._is_readable,
+            context.is_readable,
         )
         feed.start()
         context.metrics.engines.inc()
@@ -261,10 +261,6 @@ class EnginePort:
         lossy = self._context.config.codec.lossy_for(message.tenant, message.salted)
         self._requests[message.request_id] = _Request(message.tenant, session or None, {}, lossy)
 
-    def _is_readable(self, name: ChunkKey) -> bool:
-        chunk = self._context.store.get(name)
-        return chunk is not None and self._context.seals.opens(name.tenant, chunk.frame)
-
     def _reader(self, tenant: str, request: _Request | None) -> Reader:
         return self._context.reader(tenant, request.lossy if request else ())
 
@@ -344,7 +340,7 @@ class EnginePort:
 
     def _is_news(self, reader: Reader, key: bytes, loss: str) -> bool:
         name = self._context.readable(reader, self._namespace, key)
-        held = self._context.store.get(name) if name is not None else None
+        held = self._context.tiers.find(name) if name is not None else None
         return held is None or rank(held.loss) > rank(loss)
 
     def _copy_chunks(

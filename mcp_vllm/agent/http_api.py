@@ -105,8 +105,22 @@ class HttpApi:
                 "raw_chunks_bytes": size.raw_held_bytes,
                 "held_bytes": size.held_bytes,
                 "budget_bytes": size.budget_bytes,
+                "disk": self._disk_health(),
             }
         )
+
+    def _disk_health(self) -> dict[str, object]:
+        disk = self._context.tiers.disk
+        if disk is None:
+            is_wanted = self._context.config.agent.disk.path is not None
+            return {"status": "unusable" if is_wanted else "off"}
+        size = disk.size()
+        return {
+            "status": "full" if size.is_full else "ok",
+            "chunks": size.num_chunks,
+            "held_bytes": size.file_bytes,
+            "budget_bytes": size.budget_bytes,
+        }
 
     async def _metrics(self, request: web.Request) -> web.Response:
         context, metrics = self._context, self._context.metrics
@@ -117,6 +131,8 @@ class HttpApi:
         metrics.sessions.set(len(context.sessions))
         for peer in self._peers:
             metrics.directory_chunks.labels(peer.name).set(peer.directory.num_chunks)
+        if context.tiers.disk is not None:
+            metrics.set_disk(context.tiers.disk)
         self._quotas.refresh()
         return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
 
@@ -135,7 +151,7 @@ class HttpApi:
         context = self._context
         reader = Reader(asked.tenants, asked.lossy, asked.opens)
         present = bytes(
-            reader.usable(context.store, asked.namespace, key, context.sealed_by) is not None
+            reader.usable(context.tiers, asked.namespace, key, context.sealed_by) is not None
             for key in asked.keys
         )
         if asked.namespace not in context.fingerprints and not any(present):
@@ -153,11 +169,11 @@ class HttpApi:
         wire.check_keys(asked)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         reader = Reader(asked.tenants, asked.lossy)
-        store = self._context.store
-        names = [reader.held(store, asked.namespace, key) for key in asked.keys]
+        tiers = self._context.tiers
+        names = [reader.held(tiers, asked.namespace, key) for key in asked.keys]
         try:
             await response.prepare(request)
-            store.touch(filter(None, names))
+            tiers.touch(filter(None, names))
             await self._send_frames(response, names, asked)
             await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0, 0))
             await response.write_eof()
@@ -173,26 +189,32 @@ class HttpApi:
         names: Sequence[ChunkKey | None],
         asked: wire.FetchRequest,
     ) -> None:
-        ahead: list[tuple[_Place, asyncio.Task[bytes]]] = []
+        ahead: list[asyncio.Task[tuple[_Place, bytes] | None]] = []
         index = 0
         try:
             while index < len(names) or ahead:
                 while index < len(names) and len(ahead) < ENCODE_AHEAD:
                     name = names[index]
-                    chunk = self._context.store.get(name) if name is not None else None
-                    if name is not None and chunk is not None:
-                        frame = self._encoder.frame_as(
-                            name, chunk, asked.codec, asked.calibration_id
-                        )
-                        place = _Place(index, rank(chunk.loss), asked.tenants.index(name.tenant))
-                        ahead.append((place, asyncio.create_task(frame)))
+                    if name is not None:
+                        ahead.append(asyncio.create_task(self._frame(index, name, asked)))
                     index += 1
                 if ahead:
-                    place, task = ahead.pop(0)
-                    await self._send_frame(response, place, await task)
+                    placed = await ahead.pop(0)
+                    if placed is not None:
+                        await self._send_frame(response, *placed)
         finally:
-            for _, task in ahead:
+            for task in ahead:
                 task.cancel()
+
+    async def _frame(
+        self, index: int, name: ChunkKey, asked: wire.FetchRequest
+    ) -> tuple[_Place, bytes] | None:
+        """The frame as it was asked for; None: it is gone."""
+        chunk = await self._context.tiers.get(name)
+        if chunk is None:
+            return None
+        frame = await self._encoder.frame_as(name, chunk, asked.codec, asked.calibration_id)
+        return _Place(index, rank(chunk.loss), asked.tenants.index(name.tenant)), frame
 
     async def _send_frame(self, response: web.StreamResponse, place: _Place, frame: bytes) -> None:
         head = wire.FRAME_HEAD.pack(*place, len(frame))

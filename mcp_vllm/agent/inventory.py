@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from mcp_vllm.link.protocol import Inventory
-from mcp_vllm.store.ram import ChunkKey, RamStore
+from mcp_vllm.store.ram import ChunkKey
+from mcp_vllm.store.tiers import Tiers
 
 # Keys in one message, well below the bound of a message.
 SLICE_KEYS = 20_000
@@ -25,7 +26,7 @@ class InventoryFeed:
 
     def __init__(
         self,
-        store: RamStore,
+        store: Tiers,
         namespace: bytes,
         send: Callable[[Inventory], None],
         is_readable: Callable[[ChunkKey], bool] = lambda name: True,

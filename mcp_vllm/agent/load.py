@@ -102,7 +102,7 @@ class LoadJob:
         if self.watch is not None and self.watch.gave_up:
             self._causes = {SLOWER: None, **self._causes}
         # Parents are younger than their children again, whatever order they came in.
-        self.context.store.touch(filter(None, map(self._held_name, range(len(self.keys)))))
+        self.context.tiers.touch(filter(None, map(self._held_name, range(len(self.keys)))))
         self._report()
         await self.send(
             Loaded(
@@ -144,12 +144,15 @@ class LoadJob:
 
     async def _from_store(self) -> None:
         names = {index: self._held_name(index) for index in self._in_order()}
-        self.context.store.touch(filter(None, names.values()))
+        self.context.tiers.touch(filter(None, names.values()))
+        room = asyncio.Semaphore(self._frames_at_once)
         async with asyncio.TaskGroup() as tasks:
             for index, name in names.items():
                 chunk = self.context.store.get(name) if name is not None else None
                 if name is not None and chunk is not None:
-                    tasks.create_task(self._land_stored(index, name, chunk))
+                    tasks.create_task(self._land_stored(index, name, chunk, "store"))
+                elif name is not None:
+                    tasks.create_task(self._land_from_disk(index, name, room))
 
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
@@ -182,7 +185,7 @@ class LoadJob:
 
     async def _fetch(self, peer: Peer, wanted: Sequence[int]) -> None:
         # Decoding keeps up with the stream or slows it down: never more frames than this at once.
-        room = asyncio.Semaphore(2 * self.context.codec_threads + 2)
+        room = asyncio.Semaphore(self._frames_at_once)
         outcome = _Outcome()
         async with asyncio.TaskGroup() as tasks:
             try:
@@ -257,16 +260,22 @@ class LoadJob:
         chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame, loss=loss)
         self.context.store.put(name, chunk)
 
-    async def _land_stored(self, index: int, name: ChunkKey, chunk: Chunk) -> None:
+    async def _land_from_disk(self, index: int, name: ChunkKey, room: asyncio.Semaphore) -> None:
+        async with room:
+            chunk = await self.context.tiers.get(name)
+            if chunk is not None:
+                await self._land_stored(index, name, chunk, "disk")
+
+    async def _land_stored(self, index: int, name: ChunkKey, chunk: Chunk, tier: str) -> None:
         try:
             await self._land(index, lambda out: self._restore(chunk, out, name), chunk.loss)
         except CodecError as error:
             self._causes["checksum"] = None
             logger.warning("a stored chunk is damaged and was dropped: %s", error)
-            self.context.store.discard(name)
+            self.context.tiers.discard(name)
             return
         self._sources[LOCAL] = None
-        self.context.metrics.loaded_chunks.labels("store").inc()
+        self.context.metrics.loaded_chunks.labels(tier).inc()
 
     async def _land(self, index: int, fill: Callable[[memoryview], None], loss: str) -> None:
         """Fill a slot and hand it to the engine. Raises CodecError; the slot is free again then."""
@@ -299,6 +308,11 @@ class LoadJob:
         cause = next(iter(self._causes), "gone")
         if self._missing:
             self.context.metrics.failed_chunks.labels(cause).inc(len(self._missing))
+
+    @property
+    def _frames_at_once(self) -> int:
+        """Frames that a load holds, from peers or from disk, until they are decoded."""
+        return 2 * self.context.codec_threads + 2
 
     @property
     def _coding(self) -> EngineCodecs:

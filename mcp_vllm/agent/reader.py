@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mcp_vllm.codec.loss import is_acceptable
-from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
+from mcp_vllm.store.ram import ChunkKey
+from mcp_vllm.store.tiers import Held, Tiers
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,27 @@ class Reader:
     def names(self, namespace: bytes, key: bytes) -> Iterator[ChunkKey]:
         return (ChunkKey(namespace, key, tenant) for tenant in self.tenants)
 
-    def held(self, store: RamStore, namespace: bytes, key: bytes) -> ChunkKey | None:
+    def held(self, tiers: Tiers, namespace: bytes, key: bytes) -> ChunkKey | None:
         """The chunk of that key that it would get, readable or not; None: a miss."""
         for name in self.names(namespace, key):
-            chunk = store.get(name)
-            if chunk is not None and is_acceptable(chunk.loss, self.lossy):
+            held = tiers.find(name)
+            if held is not None and is_acceptable(held.loss, self.lossy):
                 return name
         return None
 
     def usable(
         self,
-        store: RamStore,
+        tiers: Tiers,
         namespace: bytes,
         key: bytes,
-        sealed_by: Callable[[ChunkKey, Chunk], str],
+        sealed_by: Callable[[ChunkKey, Held], str],
     ) -> ChunkKey | None:
         """The chunk of that key that it can use; `sealed_by` says which key it is sealed with."""
         for index, name in enumerate(self.names(namespace, key)):
-            chunk = store.get(name)
-            if chunk is None or not is_acceptable(chunk.loss, self.lossy):
+            held = tiers.find(name)
+            if held is None or not is_acceptable(held.loss, self.lossy):
                 continue
             opens = self.opens[index] if self.opens else ()
-            if sealed_by(name, chunk) in (opens or ("",)):
+            if sealed_by(name, held) in (opens or ("",)):
                 return name
         return None

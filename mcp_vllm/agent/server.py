@@ -17,6 +17,7 @@ from aiohttp import web
 from mcp_vllm.agent.access import Access
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.discovery import Discovery
+from mcp_vllm.agent.disk import JOURNAL_SHARE, KeptSessions
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.engine_port import EnginePort, accept_engine
 from mcp_vllm.agent.http_api import HttpApi
@@ -30,6 +31,7 @@ from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.supervisor import READY_LINE
+from mcp_vllm.session.manifest import SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Agent:
         listener = self._listen_for_engines()
         self._peers = Peers(self._context, security)
         self._context.seals = security.seals
+        kept = self._start_disk()
         quotas = QuotaReports(
             self._config.tenants,
             self._context.store,
@@ -148,6 +151,10 @@ class Agent:
             await runner.cleanup()
             await self._peers.close()
             quotas.close()
+            if kept is not None:
+                await kept.close()
+            if self._context.tiers.disk is not None:
+                await self._context.tiers.disk.close()
             security.close()
             self._context.close()
 
@@ -155,13 +162,34 @@ class Agent:
         context = self._context
         return Discovery(self._config, context.agent_id, port, self._peers, context.metrics)
 
+    def _start_disk(self) -> KeptSessions | None:
+        """The sessions and blocks of an agent that was here before are ours from now on."""
+        disk, config = self._context.tiers.disk, self._config.agent.disk
+        if disk is None or config.path is None:
+            return None
+        kept = KeptSessions(config.path, config.bytes // JOURNAL_SHARE, self._context.sessions)
+        kept.restore()
+        disk.start()
+        size = disk.size()
+        logger.info("%s: %d chunks in %d MiB", config.path, size.num_chunks, size.file_bytes >> 20)
+        return kept
+
     def _sessions(self) -> Sessions:
         folder = self._config.agent.parking_folder
         parking = ParkingFolder(folder) if folder is not None else None
         if parking is not None:
             for manifest in sorted(parking.manifests(), key=lambda each: each.last_used_s):
-                self._context.sessions.put(manifest)
+                if not self._is_whole(manifest.key):
+                    self._context.sessions.put(manifest)
         return Sessions(self._context, self._encoder, self._peers, parking)
+
+    def _is_whole(self, key: SessionKey) -> bool:
+        """Whether a session that was woken came back with all of its chunks: its parked file is
+        the older one then."""
+        manifest, tiers = self._context.sessions.get(key), self._context.tiers
+        return manifest is not None and all(
+            name in tiers for name in self._context.names_of(manifest)
+        )
 
     def _stdin_ready(self, stop: asyncio.Event) -> None:
         if not os.read(sys.stdin.fileno(), 4096):

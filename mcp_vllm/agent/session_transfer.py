@@ -82,7 +82,7 @@ class SessionTransfer:
         return [key for key in self._sizes if self._is_missing(key)]
 
     def _is_missing(self, key: bytes) -> bool:
-        return self._reader.held(self._context.store, self._manifest.namespace, key) is None
+        return self._reader.held(self._context.tiers, self._manifest.namespace, key) is None
 
     async def _fetch_missing(self) -> None:
         names = [self._name(key) for key in self._missing()]

@@ -33,7 +33,8 @@ from mcp_vllm.session.archive import (
     ArchiveWriter,
 )
 from mcp_vllm.session.manifest import Manifest, SessionKey, checked_name
-from mcp_vllm.store.ram import Chunk, ChunkKey
+from mcp_vllm.store.ram import ChunkKey
+from mcp_vllm.store.tiers import Held
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,10 @@ class Sessions:
             raise SessionError(404, "no such session")
         return manifest
 
-    def held(self, manifest: Manifest) -> dict[ChunkKey, Chunk]:
-        """The session's chunks that are in memory."""
-        store = self._context.store
-        chunks = {name: store.get(name) for name in self._context.names_of(manifest)}
+    def held(self, manifest: Manifest) -> dict[ChunkKey, Held]:
+        """The session's chunks that are here, in memory or on disk."""
+        tiers = self._context.tiers
+        chunks = {name: tiers.find(name) for name in self._context.names_of(manifest)}
         return {name: chunk for name, chunk in chunks.items() if chunk is not None}
 
     def sizes(self, manifest: Manifest) -> dict[bytes, int]:
@@ -85,7 +86,7 @@ class Sessions:
         """
         held = self.held(manifest)
         if not held:
-            raise SessionError(409, "none of the session's chunks are in memory here")
+            raise SessionError(409, "none of the session's chunks are here")
         return {name.key: chunk.raw_bytes for name, chunk in held.items()}
 
     # ---- on this host -----------------------------------------------------------------------
@@ -131,7 +132,7 @@ class Sessions:
         if tenant in context.config.tenants.shared:
             return  # sessions of other tenants may rely on them: they leave by eviction only
         for key in context.sessions.unused(manifest):
-            context.store.discard(ChunkKey(manifest.namespace, key, tenant))
+            context.tiers.discard(ChunkKey(manifest.namespace, key, tenant))
 
     # ---- to and from files ------------------------------------------------------------------
 
@@ -143,10 +144,13 @@ class Sessions:
         """
         manifest = self.get(key)
         self.sizes(manifest)
-        chunks = self.held(manifest)
+        names = list(self.held(manifest))
         writer = ArchiveWriter()
         yield writer.start(manifest)
-        for name, chunk in chunks.items():
+        for name in names:
+            chunk = await self._context.tiers.get(name)
+            if chunk is None:
+                raise SessionError(409, "a chunk of the session was evicted meanwhile: try again")
             try:
                 frame = await self._encoder.frame_for(name, chunk, key.tenant)
             except SealError as error:
@@ -331,7 +335,7 @@ class Sessions:
     def _appear(self, manifest: Manifest) -> None:
         """A session that came from elsewhere is here now; its parents are younger than children."""
         for chain in manifest.chains:
-            self._context.store.touch(self._context.names_of(manifest, chain))
+            self._context.tiers.touch(self._context.names_of(manifest, chain))
         self._context.sessions.put(manifest)
 
     def _lock(self, key: SessionKey) -> asyncio.Lock:

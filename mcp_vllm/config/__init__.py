@@ -9,6 +9,7 @@ from mcp_vllm.config.schema import (
     CodecConfig,
     Config,
     DiscoveryConfig,
+    DiskConfig,
     SecurityConfig,
     TenantsConfig,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DiscoveryConfig",
+    "DiskConfig",
     "SecurityConfig",
     "TenantsConfig",
 ]

@@ -85,6 +85,16 @@ class Section(BaseModel):
     )
 
 
+class DiskConfig(Section):
+    """The disk tier: what memory has no room for, and what the agent has again after its end."""
+
+    path: Path | None = None
+    """Folder for blocks and sessions; an agent each. Unset: nothing is kept on disk."""
+
+    bytes: ByteSize = Field(default=ByteSize(16 * _GIB), ge=64 * _MIB, le=_MAX_BYTES)
+    """All that the files there may take."""
+
+
 class AgentConfig(Section):
     """The context agent: the process that stores blocks and talks to peers."""
 
@@ -97,6 +107,8 @@ class AgentConfig(Section):
 
     ram_bytes: ByteSize = Field(default=ByteSize(4 * _GIB), ge=_MIB, le=_MAX_BYTES)
     """Memory that the store of compressed blocks may use."""
+
+    disk: DiskConfig = DiskConfig()
 
     landing_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
     """Shared memory through which fetched blocks enter an engine."""

@@ -164,7 +164,10 @@ class Seals:
 
     def opens(self, tenant: str, frame: bytes | None) -> bool:
         """Whether the frame (None: a chunk that is raw) can be read here."""
-        key_id = key_id_of(frame) if frame is not None else ""
+        return self.opens_key(tenant, key_id_of(frame) if frame is not None else "")
+
+    def opens_key(self, tenant: str, key_id: str) -> bool:
+        """Whether what that key has sealed for the tenant can be read; empty: it is not sealed."""
         return not key_id or key_id in self.key_ids(tenant)
 
     def seal(self, frame: bytes, namespace: bytes, tenant: str, loss: str) -> bytes:

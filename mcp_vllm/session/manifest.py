@@ -84,12 +84,14 @@ class SessionRegistry:
 
     Attributes:
         over_quota: told of each session that left because its tenant had too many.
+        watchers: told of every session's name and its manifest now; None: it is gone.
     """
 
     def __init__(
         self, max_sessions: int, quota_of: Callable[[str], int] = lambda tenant: 0
     ) -> None:
         self.over_quota: list[Callable[[Manifest], None]] = []
+        self.watchers: list[Callable[[SessionKey, Manifest | None], None]] = []
         self._max_sessions = max_sessions
         self._quota_of = quota_of
         # Of tenants with a quota, by last use.
@@ -136,15 +138,26 @@ class SessionRegistry:
 
     def put(self, manifest: Manifest) -> None:
         """Keep a manifest as the most recently used, in place of an earlier one of its name."""
-        self.remove(manifest.key)
+        self._forget(manifest.key)
         self._manifests[manifest.key] = manifest
         self._uses.update(self._names(manifest))
+        self._tell(manifest.key, manifest)
         self._keep_quota(manifest.key)
         while len(self._manifests) > self._max_sessions:
             self.remove(next(iter(self._manifests)))
 
     def remove(self, key: SessionKey) -> Manifest | None:
         """Forget a manifest; returns it, or None when there is none."""
+        manifest = self._forget(key)
+        if manifest is not None:
+            self._tell(key, None)
+        return manifest
+
+    def _tell(self, key: SessionKey, manifest: Manifest | None) -> None:
+        for watcher in self.watchers:
+            watcher(key, manifest)
+
+    def _forget(self, key: SessionKey) -> Manifest | None:
         manifest = self._manifests.pop(key, None)
         if manifest is not None:
             own = self._of_tenant.get(key.tenant, OrderedDict())

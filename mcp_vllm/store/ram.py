@@ -76,8 +76,10 @@ class RamStore:
 
     Invariant: the bytes held never exceed the budget. A chunk that does not fit beside the pinned
     ones, or into its tenant's quota, is not kept, which `put` reports; pinned chunks never leave by
-    eviction. Each of `watchers` is called with a name and whether it has come (or gone), each of
-    `over_quota` with the name of a chunk that left because its tenant had too much.
+    eviction. Each of `framed` is called with a chunk that has its frame now, and again when it is
+    evicted: a tier below may take it. Each of `watchers` is called with a name and whether it has
+    come (or gone), each of `over_quota` with the name of a chunk that left because its tenant had
+    too much.
     """
 
     budget_bytes: int
@@ -85,6 +87,7 @@ class RamStore:
     tenants: TenantLedger = field(default_factory=TenantLedger)
     over_quota: list[Callable[[ChunkKey], None]] = field(default_factory=list)
     watchers: list[Callable[[ChunkKey, bool], None]] = field(default_factory=list)
+    framed: list[Callable[[ChunkKey, Chunk], None]] = field(default_factory=list)
     _chunks: OrderedDict[ChunkKey, Chunk] = field(default_factory=OrderedDict)
     _raw: dict[ChunkKey, None] = field(default_factory=dict)
     _pins: Counter[ChunkKey] = field(default_factory=Counter)
@@ -136,6 +139,7 @@ class RamStore:
         self._account(name, chunk, 1)
         self.tenants.added(name, chunk.held_bytes)
         self._tell(name, True)
+        self._tell_framed(name, chunk)
         return True
 
     def touch(self, names: Iterable[ChunkKey]) -> None:
@@ -155,6 +159,7 @@ class RamStore:
         self.tenants.resized(name, chunk.held_bytes - before)
         if name in self._pins:
             self._pinned_bytes += chunk.held_bytes - before
+        self._tell_framed(name, chunk)
         # An incompressible chunk's frame exceeds its raw form by the frame header.
         self._make_room_for(name, 0)
         self._evict_until(self.budget_bytes)
@@ -242,6 +247,7 @@ class RamStore:
             self._account(name, chunk, -1)
             self.tenants.removed(name, chunk.held_bytes)
             self.evictions += 1
+            self._tell_framed(name, chunk)
             self._tell(name, False)
 
     def _drop_pins(self, name: ChunkKey) -> None:
@@ -251,6 +257,11 @@ class RamStore:
     def _tell(self, name: ChunkKey, present: bool) -> None:
         for watcher in self.watchers:
             watcher(name, present)
+
+    def _tell_framed(self, name: ChunkKey, chunk: Chunk) -> None:
+        if chunk.frame is not None:
+            for watcher in self.framed:
+                watcher(name, chunk)
 
     def _account(self, name: ChunkKey, chunk: Chunk, sign: int) -> None:
         self._held_bytes += sign * chunk.held_bytes

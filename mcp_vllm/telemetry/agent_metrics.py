@@ -6,6 +6,8 @@ import contextlib
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from mcp_vllm.store.disk import DiskTier
+
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 RATIOS = (0.25, 0.5, 0.75, 0.8, 0.9, 1, 1.1, 1.25, 1.33, 2, 4)
 
@@ -153,6 +155,34 @@ class AgentMetrics:
             ["tenant"],
             registry=r,
         )
+        self.disk_bytes = Gauge(
+            "mcp_agent_disk_bytes", "Bytes of all files of the disk tier", registry=r
+        )
+        self.disk_chunks = Gauge("mcp_agent_disk_chunks", "Chunks held on disk", registry=r)
+        self.disk_full = Gauge(
+            "mcp_agent_disk_full", "1 while nothing can be written to the disk, else 0", registry=r
+        )
+        self.disk_queued_bytes = Gauge(
+            "mcp_agent_disk_queued_bytes", "Bytes of chunks that wait to be written", registry=r
+        )
+        self.disk_reads = Gauge(
+            "mcp_agent_disk_reads", "Chunks read from disk since the start", registry=r
+        )
+        self.disk_writes = Gauge(
+            "mcp_agent_disk_writes", "Chunks written to disk since the start", registry=r
+        )
+        self.disk_drops = Gauge(
+            "mcp_agent_disk_drops",
+            "Chunks not written to disk since the start, by cause",
+            ["cause"],
+            registry=r,
+        )
+        self.disk_damaged = Gauge(
+            "mcp_agent_disk_damaged", "Chunks found damaged on disk since the start", registry=r
+        )
+        self.disk_compactions = Gauge(
+            "mcp_agent_disk_compactions", "Segments rewritten since the start", registry=r
+        )
         self.fingerprint_mismatches = Counter(
             "mcp_agent_fingerprint_mismatches",
             "Lookups that a peer could not serve because its engines differ from ours, by field",
@@ -172,6 +202,20 @@ class AgentMetrics:
             (self.fingerprint_mismatches, ("field",)),
         ):
             _remove(metric, name, others)
+
+    def set_disk(self, disk: DiskTier) -> None:
+        """What the disk tier counts itself, as of now."""
+        size = disk.size()
+        self.disk_bytes.set(size.file_bytes)
+        self.disk_chunks.set(size.num_chunks)
+        self.disk_full.set(size.is_full)
+        self.disk_queued_bytes.set(disk.queued_bytes)
+        self.disk_reads.set(disk.frames_read)
+        self.disk_writes.set(disk.frames_written)
+        self.disk_damaged.set(disk.damaged)
+        self.disk_compactions.set(disk.compactions)
+        for cause, count in disk.drops.items():
+            self.disk_drops.labels(cause).set(count)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
