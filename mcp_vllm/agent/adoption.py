@@ -39,7 +39,7 @@ def use(
                 else:
                     name = _adopt(context, reader, other, chunk)
             names.append(name)
-        context.store.touch(filter(None, names))
+        context.tiers.touch(filter(None, names))
     return sealed
 
 

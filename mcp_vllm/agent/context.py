@@ -81,6 +81,7 @@ class AgentContext:
         # What computing costs this host's engines, by namespace, as they measured it.
         self.prefills: dict[bytes, PrefillCost] = {}
         self.store_record = LoadRecord()
+        self.disk_record = LoadRecord()
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads
         self.codecs = AgentCodecs(config.codec, threads, cache_root())

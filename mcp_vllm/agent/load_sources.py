@@ -19,13 +19,15 @@ from mcp_vllm.codec.chooser import CodecCost
 # Until codecs were measured, and for chunks that only have to be copied; raw bytes a second.
 ASSUMED_DECODE_BYTES_S = 300e6
 COPY_BYTES_S = 1e9
+# Of a disk, until loads from it were measured: raw bytes a second, reading and decoding.
+ASSUMED_DISK_BYTES_S = 200e6
 # What was not confirmed for so long is tried again, within the slack.
 STALE_S = 60.0
 
 
 @dataclass(eq=False)
 class StoreSource:
-    """Chunks of our store, of one form."""
+    """Chunks of our store, of one form and in one tier."""
 
     bytes_s: float
     record: LoadRecord
@@ -99,12 +101,16 @@ class SourcesOf:
         record = self.context.store_record
         self._frames = StoreSource(threads * decode_bytes_s, record)
         self._raw = StoreSource(COPY_BYTES_S, record)
+        disk_bytes_s = min(ASSUMED_DISK_BYTES_S, self._frames.bytes_s)
+        self._disk = StoreSource(disk_bytes_s, self.context.disk_record)
 
     def of(self, key: bytes) -> LoadSource | None:
         """Where the chunk would come from; None where nobody has it."""
         name = self.context.readable(self.reader, self.namespace, key)
-        chunk = self.context.store.get(name) if name is not None else None
-        if chunk is not None:
+        if name is not None:
+            chunk = self.context.store.get(name)
+            if chunk is None:
+                return self._disk
             return self._frames if chunk.raw is None else self._raw
         peers = self.holders.get(key)
         if not peers:

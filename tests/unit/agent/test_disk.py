@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from agent_process import AgentProcess, contents, started
+from restartable_agent import RestartableAgent, contents, started
 from simulated import (
     CHUNK_BYTES,
     SimulatedEngine,
@@ -65,19 +65,19 @@ def right_bytes(names: list[bytes]) -> dict[bytes, bytes]:
     }
 
 
-async def text_of(agent: AgentProcess, path: str) -> str:
+async def text_of(agent: RestartableAgent, path: str) -> str:
     async with aiohttp.ClientSession() as http, http.get(f"http://{agent.address}{path}") as got:
         return await got.text()
 
 
-async def until_metric(agent: AgentProcess, line: str) -> None:
+async def until_metric(agent: RestartableAgent, line: str) -> None:
     async with asyncio.timeout(30):
         while line not in (await text_of(agent, "/metrics")).splitlines():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
 async def test_a_killed_agent_has_its_chunks_and_sessions_again(tmp_path: Path) -> None:
-    agent = AgentProcess(tmp_path, "a", with_disk(tmp_path))
+    agent = RestartableAgent(tmp_path, "a", with_disk(tmp_path))
     with started(agent):
         with SimulatedEngine(tmp_path / "a.sock") as engine:
             await engine.connected()
