@@ -63,18 +63,18 @@ class Announcer:
         self._closed = False
 
     def start(self) -> None:
-        """Watch the store."""
-        for name in self._context.store:
+        """Watch what is in memory and on disk."""
+        for name in self._context.tiers:
             self._changed(name, True)
-        self._context.store.watchers.append(self._changed)
+        self._context.tiers.watchers.append(self._changed)
 
     def close(self) -> None:
         """End every stream; idempotent."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        if self._changed in self._context.store.watchers:
-            self._context.store.watchers.remove(self._changed)
+        if self._changed in self._context.tiers.watchers:
+            self._context.tiers.watchers.remove(self._changed)
         self._wake()
 
     @property
@@ -158,14 +158,14 @@ class Announcer:
     def _kind_of(self, name: ChunkKey) -> int:
         """As in `directory_wire`; GONE also for what nobody can ask for: a loss that has no name,
         or one key more than can be told."""
-        chunk = self._context.store.get(name)
-        if chunk is None or rank(chunk.loss) >= NUM_LOSSES:
+        held = self._context.tiers.find(name)
+        if held is None or rank(held.loss) >= NUM_LOSSES:
             return GONE
-        seal = self._context.sealed_by(name, chunk)
+        seal = self._context.sealed_by(name, held)
         if seal not in self._seals and len(self._seals) < MAX_SEALS:
             self._seals[seal] = len(self._seals)
         place = self._seals.get(seal)
-        return GONE if place is None else NUM_LOSSES * place + rank(chunk.loss)
+        return GONE if place is None else NUM_LOSSES * place + rank(held.loss)
 
     # ---- followers --------------------------------------------------------------------------
 
