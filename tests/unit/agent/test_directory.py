@@ -33,6 +33,7 @@ from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.codec.loss import EXACT, LOSSES, rank
 from mcp_vllm.errors import McpError
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
+from mcp_vllm.store.tiers import Tiers
 
 NAMESPACES = (b"a" * 16, b"b" * 16)
 PLENTY = 1_000_000
@@ -47,10 +48,12 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def agent(agent_id: str = "one", store: RamStore | None = None) -> SimpleNamespace:
-    """What an announcer needs of its context."""
+    """What an announcer needs of its context, and the store that its tiers are made of."""
+    store = RamStore(1 << 40) if store is None else store
     return SimpleNamespace(
         agent_id=agent_id,
-        store=RamStore(1 << 40) if store is None else store,
+        store=store,
+        tiers=Tiers(store),
         fingerprints={},
         prefills={},
         config=SimpleNamespace(codec=SimpleNamespace(name="zstd")),
