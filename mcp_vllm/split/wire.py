@@ -156,7 +156,7 @@ class KvInit(msgspec.Struct, frozen=True):
     """
 
     num_blocks: int
-    layout: str | None
+    layout: str
     groups: list[KvGroup]
     hash_block_size: int | None = None
     alignment: int | None = None

@@ -37,10 +37,12 @@ class Turn:
 
     Attributes:
         layers: vLLM's attention layers by name.
+        layouts: names of the KV cache layouts that they can read.
     """
 
-    def __init__(self, layers: dict[str, Any]) -> None:
+    def __init__(self, layers: dict[str, Any], layouts: frozenset[str]) -> None:
         self.layers = layers
+        self.layouts = layouts
         self.lock = threading.Lock()
         self._holder: object = None
 
@@ -87,10 +89,11 @@ class StageLease:
     def init_kv(self, kv_init: KvInit) -> None:
         groups = [decode_group(each) for each in kv_init.groups]
         self._check_groups(groups, kv_init.num_blocks)
+        if kv_init.layout not in self._turn.layouts:
+            raise StageRefused("", "model", f"no KV cache layout {kv_init.layout[:20]!r} here")
         cache = self._config.cache_config
         cache.num_gpu_blocks = kv_init.num_blocks
-        if kv_init.layout is not None:
-            record_kv_cache_layout(cache, kv_init.layout)
+        record_kv_cache_layout(cache, kv_init.layout)
         cache.hash_block_size = kv_init.hash_block_size
         cache.cache_hit_alignment_tokens = kv_init.alignment
         pool_bytes = kv_init.num_blocks * _pool_bytes_per_block(self._config, groups)
