@@ -30,7 +30,6 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 LAYERS = "1:3"
-LAYOUT = "LBHNC"  # the one that vLLM's CPU backend reads
 
 
 def requests(seed: int, count: int, tokens: int) -> list[Request]:
@@ -134,7 +133,7 @@ def connected(stage, hello):
     welcome = wire.decode(Welcome, answer.metadata)
     layers = sorted(welcome.kv_specs)
     group = wire.KvGroup(layers, welcome.kv_specs[layers[0]])
-    channel.send(Kind.KV_INIT, KvInit(64, LAYOUT, [group]))
+    channel.send(Kind.KV_INIT, KvInit(64, None, [group]))
     answer = channel.receive(Patience(silence_s=20, total_s=20))
     assert answer.kind == Kind.OK, bytes(answer.metadata)
     channel.max_payload = 1 << 20
@@ -193,7 +192,7 @@ def test_more_blocks_than_the_lease_has_memory_for_are_refused(stage, hello):
         welcome = wire.decode(Welcome, answer.metadata)
         layers = sorted(welcome.kv_specs)
         group = wire.KvGroup(layers, welcome.kv_specs[layers[0]])
-        channel.send(Kind.KV_INIT, KvInit(1 << 24, LAYOUT, [group]))
+        channel.send(Kind.KV_INIT, KvInit(1 << 24, None, [group]))
         answer = channel.receive(Patience(silence_s=20, total_s=20))
     error = wire.decode(wire.Error, answer.metadata)
     assert error.code == "memory"

@@ -171,7 +171,6 @@ class SplitExecutor(UniProcExecutor):
 
     def _kv_init(self) -> KvInit:
         remote = self._kv_cache_configs[1]
-        assert remote.kv_cache_layout is not None  # vLLM's planner has settled it
         return KvInit(
             num_blocks=remote.num_blocks,
             layout=remote.kv_cache_layout,

@@ -23,7 +23,7 @@ from mcp_vllm.telemetry.stage_metrics import StageMetrics
 WIDTH = 8
 FACTS = {"layers": "1:3", "model.weights": "aaaa", "dtype": "bfloat16", "block_tokens": "16"}
 SPEC = ("FullAttentionSpec", {"block_size": 16})
-KV_INIT = KvInit(num_blocks=8, layout="LBHNC", groups=[KvGroup(["layers.1"], SPEC)])
+KV_INIT = KvInit(num_blocks=8, layout=None, groups=[KvGroup(["layers.1"], SPEC)])
 HELLO = Hello(facts=FACTS, max_model_len=64, max_requests=4, max_tokens=32, form="raw")
 
 
