@@ -53,7 +53,6 @@ class Channel:
 
     Attributes:
         max_metadata, max_payload: bytes that the next message may have.
-        sent_bytes, received_bytes: so far.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -62,8 +61,6 @@ class Channel:
         self._sends_parts = not isinstance(connected, ssl.SSLSocket)
         self.max_metadata = wire.MAX_HELLO_BYTES
         self.max_payload = 0
-        self.sent_bytes = 0
-        self.received_bytes = 0
 
     def send(
         self,
@@ -83,7 +80,6 @@ class Channel:
                 self._send_all(parts, patience.silence_s)
             except OSError as error:
                 raise StageLost(_reason(error)) from error
-        self.sent_bytes += len(header) + len(encoded) + payload_bytes
 
     def receive(self, patience: Patience = Patience()) -> Message:
         """The next message that is neither Ping (answered here) nor Pong.
@@ -126,7 +122,6 @@ class Channel:
         parsed = wire.unpack_header(header, self.max_metadata, self.max_payload)
         metadata = self._read(parsed.metadata_bytes, patience, until)
         payload = self._read(parsed.payload_bytes, patience, until)
-        self.received_bytes += HEADER.size + len(metadata) + len(payload)
         if parsed.kind == Kind.PING:
             self.send(Kind.PONG, patience=patience)
         if parsed.kind in (Kind.PING, Kind.PONG):

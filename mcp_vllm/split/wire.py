@@ -151,7 +151,7 @@ class KvGroup(msgspec.Struct, frozen=True):
 class KvInit(msgspec.Struct, frozen=True):
     """Attributes:
     num_blocks: blocks of each group, the null block included.
-    layout: name of vLLM's KV cache layout.
+    layout: name of vLLM's KV cache layout; None: what the stage's layers like best.
     hash_block_size, alignment: of the prefix cache, in tokens.
     """
 

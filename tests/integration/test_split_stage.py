@@ -238,9 +238,10 @@ def test_a_stage_holds_its_layers_and_nothing_else(tmp_path, capsys):
         narrow.wait_ready()
         wide.wait_ready()
         difference = rss_anon_bytes(wide.pid) - rss_anon_bytes(narrow.pid)
-    whole = play(engine_of(model, max_num_seqs=2), requests(5, 1, 2)).result
+    engine = engine_of(model, max_num_seqs=2, num_gpu_blocks_override=64)  # KV of a few MiB
+    whole = play(engine, requests(5, 1, 2)).result
     with stage_of(model, "1:7") as stage:
-        engine = engine_of(model, max_num_seqs=2, mcp_split=split_of("1:7", stage.address))
+        engine["mcp_split"] = split_of("1:7", stage.address)
         split = play(engine, requests(5, 1, 2)).result
     saved = whole.rss_anon_bytes - split.rss_anon_bytes
     with capsys.disabled():
@@ -248,4 +249,4 @@ def test_a_stage_holds_its_layers_and_nothing_else(tmp_path, capsys):
         print(f"five layers more at a stage: {difference >> 20} MiB of memory")
         print(f"six layers less in an engine: {saved >> 20} MiB of memory")
     assert 0.85 < difference / (5 * layer_bytes) < 1.15
-    assert saved > 0.85 * 6 * layer_bytes
+    assert 0.85 < saved / (6 * layer_bytes) < 1.3

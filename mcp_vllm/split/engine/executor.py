@@ -88,9 +88,6 @@ class SplitExecutor(UniProcExecutor):
         finally:
             self._step = None
 
-    def check_health(self) -> None:
-        """Healthy as long as it runs: a lost stage is replaced at the next step."""
-
     def shutdown(self) -> None:
         if getattr(self, "_link", None) is not None:
             self._link.close()

@@ -37,10 +37,12 @@ class Turn:
 
     Attributes:
         layers: vLLM's attention layers by name.
+        layouts: names of the KV cache layouts that they can read, the best one first.
     """
 
-    def __init__(self, layers: dict[str, Any]) -> None:
+    def __init__(self, layers: dict[str, Any], layouts: list[str]) -> None:
         self.layers = layers
+        self.layouts = layouts
         self.lock = threading.Lock()
         self._holder: object = None
 
@@ -87,10 +89,12 @@ class StageLease:
     def init_kv(self, kv_init: KvInit) -> None:
         groups = [decode_group(each) for each in kv_init.groups]
         self._check_groups(groups, kv_init.num_blocks)
+        layout = kv_init.layout or self._turn.layouts[0]
+        if layout not in self._turn.layouts:
+            raise StageRefused("", "model", f"no KV cache layout {layout[:20]!r} here")
         cache = self._config.cache_config
         cache.num_gpu_blocks = kv_init.num_blocks
-        if kv_init.layout is not None:
-            record_kv_cache_layout(cache, kv_init.layout)
+        record_kv_cache_layout(cache, layout)
         cache.hash_block_size = kv_init.hash_block_size
         cache.cache_hit_alignment_tokens = kv_init.alignment
         pool_bytes = kv_init.num_blocks * _pool_bytes_per_block(self._config, groups)
@@ -102,7 +106,7 @@ class StageLease:
                 f"{self.welcome.kv_bytes}",
             )
         planned = get_kv_cache_config_from_groups(self._config, groups, pool_bytes)
-        planned.kv_cache_layout = kv_init.layout
+        planned.kv_cache_layout = layout
         with self._turn.lock, set_current_vllm_config(self._config):
             self._turn.bind(self, {})
             self._runner.initialize_kv_cache(planned)

