@@ -12,7 +12,8 @@ MINUTES ?= 10
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PYTHON) tools/install.py --torch-index $(TORCH_INDEX)
-INSTALL_INPUTS := requirements/cpu.lock pyproject.toml tools/install.py patches/vllm-metadata/generate.py
+INSTALL_INPUTS := requirements/cpu.lock pyproject.toml tools/install.py tools/compile_kernels.py \
+	patches/vllm-metadata/generate.py
 # Named after what the install was made from, so a change of any of it installs again.
 STAMP := $(VENV)/.installed-$(shell cat $(INSTALL_INPUTS) | cksum | tr ' ' -)
 LOCKS := $(notdir $(basename $(wildcard requirements/*.lock)))

@@ -40,6 +40,8 @@ def main() -> None:
     step(5, "mcp-vllm itself")
     uv.install([], "--no-build-isolation", "--editable", str(ROOT))
     run(python, str(ROOT / "patches" / "vllm-metadata" / "generate.py"))
+    step(6, "machine code of the codecs and of SmartCache")
+    run(python, str(ROOT / "tools" / "compile_kernels.py"))
 
 
 def read_pins(lock: Path) -> list[str]:
@@ -107,7 +109,7 @@ def install_torch(uv: Uv, torch: list[str], torch_index: str) -> None:
 
 
 def step(number: int, what: str) -> None:
-    print(f"[{number}/5] {what}", flush=True)
+    print(f"[{number}/6] {what}", flush=True)
 
 
 def run(*command: str, environ: dict[str, str] | None = None, text: str = "") -> None:

@@ -160,7 +160,7 @@ def run(script: list[tuple[object, ...]]) -> list[object]:
     return owner.log
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(steps)
 def test_no_call_breaks_budget_quota_pins_or_the_order_of_chains(
     script: list[tuple[object, ...]],
@@ -168,7 +168,7 @@ def test_no_call_breaks_budget_quota_pins_or_the_order_of_chains(
     run(script)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(steps)
 def test_equal_calls_decide_equally(script: list[tuple[object, ...]]) -> None:
     assert run(script) == run(script)

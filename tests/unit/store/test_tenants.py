@@ -86,7 +86,7 @@ class QuotasAgainstEverything(RuleBasedStateMachine):
 
 
 QuotasAgainstEverything.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=60, stateful_step_count=40, deadline=None
 )
 TestQuotas = QuotasAgainstEverything.TestCase
 
