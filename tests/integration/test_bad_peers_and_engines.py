@@ -86,9 +86,10 @@ class BetweenPeer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        size = int(head.partition("content-length:")[2].partition("\r\n")[0])
+        size = int(head.partition("content-length:")[2].partition("\r\n")[0] or 0)
         body = await reader.readexactly(size)
-        handler = self.lookup if "lookup" in head.partition("\r\n")[0] else self.fetch
+        path = head.partition("\r\n")[0]
+        handler = self.lookup if "lookup" in path else self.fetch if "fetch" in path else not_there
         try:
             await handler(body, writer)
             await writer.drain()
@@ -132,6 +133,11 @@ def engine(tiny_model, log_folder, between):
     with start as engine:
         engine.wait_ready(START_DEADLINE_S)
         yield engine
+
+
+async def not_there(body: bytes, writer: asyncio.StreamWriter) -> None:
+    """It has no directory, so it is asked for each request."""
+    writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
 
 async def never(body: bytes, writer: asyncio.StreamWriter) -> None:
@@ -184,10 +190,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_broken_transfer_ends_in_recompute_that_says_so(good, between, engine, case):
     break_fetch, cause = CASES[case]
-    fresh_agent(engine)
     between.reset()
     between.listen()
     try:
+        fresh_agent(engine)
         between.fetch = break_fetch(between)
         prompt = f"When it {case}: {prompts(1, NUM_CHARS)[0]}"
         reference = complete(good.engine.base_url, prompt)
@@ -209,12 +215,12 @@ def test_a_broken_transfer_ends_in_recompute_that_says_so(good, between, engine,
 
 @pytest.mark.parametrize("case", ["is down", "accepts and never answers"])
 def test_a_silent_peer_is_a_miss(good, between, engine, case):
-    fresh_agent(engine)
     between.reset()
     if case != "is down":
         between.lookup = never
         between.listen()
     try:
+        fresh_agent(engine)
         prompt = f"When it {case}: {prompts(1, NUM_CHARS)[0]}"
         reference = complete(good.engine.base_url, prompt)
         started_s = time.monotonic()
@@ -229,10 +235,10 @@ def test_a_silent_peer_is_a_miss(good, between, engine, case):
 
 
 def test_the_good_peer_behind_it_is_used_when_it_behaves(good, between, engine):
-    fresh_agent(engine)
     between.reset()
     between.listen()
     try:
+        fresh_agent(engine)
         prompt = f"When it behaves: {prompts(1, NUM_CHARS)[0]}"
         reference = complete(good.engine.base_url, prompt)
         answer = complete(engine.base_url, prompt)
