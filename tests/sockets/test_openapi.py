@@ -7,7 +7,7 @@ from simulated import get_json, running_agent, settings
 
 from mcp_vllm.agent import openapi
 
-PAGE = Path(__file__).parents[3] / "docs" / "api.md"
+PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 # Between agents, not for operators.
 INTERNAL = {("GET", f"{openapi.ONE}/manifest"), ("POST", f"{openapi.ONE}/pull")}
 
