@@ -7,8 +7,8 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 from prometheus_client.metrics import MetricWrapperBase
@@ -92,7 +92,7 @@ def faults_of(words: list[str]) -> list[str]:
     if name not in COMMANDS:
         return [name]
     command = typer.main.get_command(importlib.import_module(COMMANDS[name].module).app)
-    if isinstance(command, click.Group) or hasattr(command, "commands"):
+    if hasattr(command, "commands"):
         while rest and rest[0].startswith("-"):
             if rest[0] not in options_of(command):
                 return [f"{name} {rest[0]}"]
@@ -106,7 +106,7 @@ def faults_of(words: list[str]) -> list[str]:
     return [flag for flag in flags if flag not in options_of(command)]
 
 
-def options_of(command: click.Command) -> set[str]:
+def options_of(command: Any) -> set[str]:
     """Its flags, in all their spellings."""
     named = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
     return named | {"--help"}
