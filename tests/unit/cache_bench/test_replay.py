@@ -35,13 +35,13 @@ def test_smart_cache_beats_every_classic_on_chats(divisor: int) -> None:
     ("made", "capacity"),
     [
         (generated_traces.scan(), 200),
-        (generated_traces.scan(), 1000),
+        pytest.param(generated_traces.scan(), 1000, marks=pytest.mark.slow),
         (generated_traces.loop(200), 200),
-        (generated_traces.loop(1000), 1000),
+        pytest.param(generated_traces.loop(1000), 1000, marks=pytest.mark.slow),
         (generated_traces.shift(), 50),
-        (generated_traces.shift(), 200),
+        pytest.param(generated_traces.shift(), 200, marks=pytest.mark.slow),
         (generated_traces.flood(), 300),
-        (generated_traces.flood(), 1000),
+        pytest.param(generated_traces.flood(), 1000, marks=pytest.mark.slow),
     ],
     ids=["scan", "scan-wide", "loop", "loop-wide", "shift", "shift-wide", "flood", "flood-wide"],
 )
@@ -90,6 +90,7 @@ def lines(made: Trace) -> str:
 
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     file, figures, picture = tmp_path / "t.jsonl", tmp_path / "f.json", tmp_path / "p.png"
     file.write_text(lines(generated_traces.chats(80)), encoding="utf-8")
     command = ["bench", "cache", "--trace", file, "--capacity", "5%", "--capacity", "200"]
