@@ -17,11 +17,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from mcp_vllm.errors import McpError
+from mcp_vllm.store.policy import Admission
 from mcp_vllm.store.smart_cache import explanation, layout, saved
 from mcp_vllm.store.smart_cache.admission import admit_chain, find_all, hold_block
 from mcp_vllm.store.smart_cache.eviction import make_room
 from mcp_vllm.store.smart_cache.layout import HELD, PROTECTED, State
-from mcp_vllm.store.smart_cache.results import Admission, Explanation, TurnEnd
+from mcp_vllm.store.smart_cache.results import Explanation, TurnEnd
 from mcp_vllm.store.smart_cache.tree import QUOTA, change_pins, release, resize
 from mcp_vllm.store.smart_cache.use import use_chain
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, TypeVar
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 class TurnEnd(IntEnum):
@@ -16,19 +12,6 @@ class TurnEnd(IntEnum):
     UNKNOWN = 0
     USER = 1
     TOOL_CALL = 2
-
-
-@dataclass(frozen=True)
-class Admission(Generic[Key]):
-    """What came of an offer: which of the blocks to keep, and whose bytes to drop first.
-
-    Attributes:
-        kept: of the offered blocks, those that are held now (those held before included).
-        evicted: blocks held before that left, children before parents.
-    """
-
-    kept: list[Key]
-    evicted: list[Key]
 
 
 @dataclass(frozen=True)
