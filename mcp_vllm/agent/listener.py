@@ -125,6 +125,9 @@ class Listener:
                 self._open(sock, str(address[0]), server)
             else:
                 sock.close()
+            # An accept that finds a connection waiting does not yield: a flood of them would keep
+            # the loop from everything else, from closing what made room too.
+            await asyncio.sleep(0)
 
     def _make_room(self) -> bool:
         """Whether one more fits, if need be in place of the one that was idle for longest."""
