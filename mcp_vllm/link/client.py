@@ -158,7 +158,7 @@ class AgentLink:
         return events
 
     def wait_event(self, timeout_s: float) -> None:
-        """Block until there is something to poll, at most that long; for draining only."""
+        """Block until an answer has come, or the link is lost, at most that long."""
         self._has_events.wait(timeout_s)
 
     def stop(self) -> None:
@@ -366,7 +366,7 @@ class AgentLink:
             case protocol.Found():
                 self._emit(Found(message.lookup_id, message.present))
             case protocol.Inventory():
-                self._emit(message)
+                self._events.append(message)  # nobody waits for it
             case protocol.Landed():
                 self._copy_landed(message)
             case protocol.Loaded():

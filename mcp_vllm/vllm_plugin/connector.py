@@ -49,8 +49,9 @@ logger = logging.getLogger(__name__)
 
 # How long the engine's start-up waits for its agent; serving starts without it after that.
 START_WAIT_S = 20.0
-# How long a step with nothing to compute may wait for the agent's next word.
-IDLE_STEP_S = 0.005
+# How long a step with nothing to compute may wait for an answer of the agent; what a request that
+# arrives meanwhile waits.
+IDLE_STEP_S = 0.02
 
 
 class MCPConnector(OffloadingConnector):
