@@ -38,8 +38,11 @@ OLDER_BIN_HAZARD = 0.7
 # What the coarser estimate counts for beside a class's own counts, in requests: the blocks of one
 # come back together, however small they are.
 PRIOR_EXPOSED = 0.8
-PRIOR_REUSED = 4.0
+PRIOR_REUSED = 2.0
 DAMPING = 0.8
+# How much likelier than all blocks those of each level of uses are to come back, before anything is
+# counted: in proportion to the uses, as where popularity is all there is.
+USES_FACTOR = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 12.0, 24.0, 48.0, 96.0])
 ESTIMATE = 3  # row of `State.hazards` and `State.tables`
 
 
@@ -75,7 +78,7 @@ def mean_chain(state: State) -> float:
 
 @step
 def _estimate_hazards(state: State) -> None:
-    """Hazards by uses, drawn to that of all blocks, which is drawn to that of the bin before.
+    """Hazards by uses, drawn to that of all blocks times `USES_FACTOR`; that to the bin before.
 
     A record still inside a bin has been through half of it.
     """
@@ -91,7 +94,7 @@ def _estimate_hazards(state: State) -> None:
         for uses in range(NUM_USES):
             own = state.hazards[1, uses, bin_] + 0.5 * state.hazards[2, uses, bin_]
             state.hazards[ESTIMATE, uses, bin_] = (
-                state.hazards[0, uses, bin_] + prior * pooled
+                state.hazards[0, uses, bin_] + prior * pooled * USES_FACTOR[uses]
             ) / (own + prior)
 
 

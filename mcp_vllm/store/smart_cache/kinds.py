@@ -58,14 +58,10 @@ def class_of(kind: int, table: int) -> int:
 
 @step
 def level_of_uses(uses: int) -> int:
-    """0, 1, 2, 3, 4-5, 6-9, 10-29, more."""
+    """0, 1, 2, 3, 4-5, 6-9, 10-17, 18-33, 34-65, more."""
     if uses < 4:
         return uses
-    if uses < 6:
-        return 4
-    if uses < 10:
-        return 5
-    return 6 if uses < 30 else NUM_USES - 1
+    return min(int(math.log2(uses - 2)) + 3, NUM_USES - 1)
 
 
 @step

@@ -24,11 +24,11 @@ EDGES = np.concatenate(
 )  # shape (NUM_BINS + 1,), seconds; bin b is EDGES[b] to EDGES[b + 1]
 
 # What is known of a block at its last use, in levels; a combination is a *kind*.
-# Uses before this one: 0, 1, 2, 3, 4-5, 6-9, 10-29, more. New blocks in the request, by octave from
+# Uses before this one: see `kinds.level_of_uses`. New blocks in the request, by octave from
 # a sixteenth of a mean chain. Turn of the session. Tokens of the answer, by octave from 8; the last
 # level is "not known". What ended the turn. Blocks from here to the end of the chain: 0, 1, 2-3,
 # 4-7, 8-15, more.
-LEVELS = {"uses": 8, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
+LEVELS = {"uses": 10, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
 NUM_USES, NUM_NEW, NUM_TURNS, NUM_OUTPUTS, NUM_ENDS, NUM_TAILS = LEVELS.values()
 NUM_KINDS = math.prod(LEVELS.values())
 # Each table tells kinds apart by the uses and a few of the others: see `kinds.py`.

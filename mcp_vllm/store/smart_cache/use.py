@@ -26,9 +26,9 @@ from mcp_vllm.store.smart_cache.records import find, find_or_add, forget_ghosts
 from mcp_vllm.store.smart_cache.tree import set_parent
 
 MOST = 65535
-# Counts lose half their weight in so many accesses: many turnovers of the cache, or a day's start.
-HALF_LIFE_TURNOVERS = 16
-MIN_HALF_LIFE = 1 << 16
+# Counts lose half their weight in so many accesses: a few turnovers of the cache.
+HALF_LIFE_TURNOVERS = 4
+MIN_HALF_LIFE = 1 << 14
 MIN_REFRESH, MAX_REFRESH = 512, 8192
 SHORTEST_S = 1e-6
 
