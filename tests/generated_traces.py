@@ -87,3 +87,46 @@ def flood(num_requests: int = 4000, seed: int = 0) -> Trace:
     for _ in range(9 * len(calm)):
         chains.append((rng.uniform(0, end), [next(fresh) for _ in range(10)]))
     return trace_of(chains)
+
+
+def popular(num_documents: int = 2000, num_requests: int = 4000, seed: int = 0) -> Trace:
+    """Documents of steady popularity, by Zipf's law, independently asked about."""
+    rng = random.Random(seed)
+    weights = [(rank + 1) ** -0.8 for rank in range(num_documents)]
+    asked = rng.choices(range(num_documents), weights, k=num_requests)
+    return trace_of([(i / 3, [each * 100 + j for j in range(8)]) for i, each in enumerate(asked)])
+
+
+def agents(num_tasks: int = 1200, seed: int = 0) -> Trace:
+    """Agents over shared system prompts, in bursts: some call once, some loop within seconds."""
+    rng = random.Random(seed)
+    fresh = itertools.count(1_000_000)
+    prompts = [[app * 1000 + j for j in range(rng.choice([3, 6, 10, 14]))] for app in range(40)]
+    pending: list[tuple[float, int, float, list[int]]] = []
+    time_s = 0.0
+    for task in range(num_tasks):
+        time_s += rng.expovariate(1.3) * (0.2 if rng.random() < 0.5 else 1.0)
+        app = min(int(rng.paretovariate(0.7)), len(prompts)) - 1
+        first = [*prompts[app], *(next(fresh) for _ in range(rng.choice([1, 1, 2, 5, 10])))]
+        heapq.heappush(pending, (time_s, task, (0.1, 0.5, 0.7)[app % 3], first))
+    chains: list[tuple[float, list[int]]] = []
+    while pending:
+        time_s, task, goes_on, chain = heapq.heappop(pending)
+        chains.append((time_s, chain))
+        if rng.random() < goes_on:
+            longer = [*chain[:-1], *(next(fresh) for _ in range(rng.randint(1, 3)))]
+            heapq.heappush(pending, (time_s + rng.lognormvariate(2, 1), task, goes_on, longer))
+    return trace_of(chains)
+
+
+def calls(num_requests: int = 2500, seed: int = 0) -> Trace:
+    """Calls of one turn: a popular template, then what was never sent before."""
+    rng = random.Random(seed)
+    fresh = itertools.count(10_000_000)
+    templates = [[each * 1000 + j for j in range(5)] for each in range(100)]
+    chains = []
+    for i in range(num_requests):
+        template = templates[min(int(rng.paretovariate(0.6)), 100) - 1]
+        chain = [*template, *(next(fresh) for _ in range(rng.choice([1, 4, 12])))]
+        chains.append((i * 0.4, chain))
+    return trace_of(chains)

@@ -102,6 +102,8 @@ def _estimate_hazards(state: State) -> None:
 def _estimate_ratios(state: State, table: int, class_: int, fade: float) -> None:
     """How much likelier a class comes back than others of its uses: over all ages, then at each."""
     counts = state.tables[:, table, class_]
+    if not counts[:ESTIMATE].any():  # never met: not written to, so it takes no memory
+        return
     base = state.hazards[ESTIMATE, class_ // CLASSES_PER_USE]
     reused = expected = 0.0
     for bin_ in range(NUM_BINS):

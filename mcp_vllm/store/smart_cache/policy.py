@@ -28,9 +28,9 @@ from mcp_vllm.store.smart_cache.use import use_chain
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Ghosts cost about 100 bytes each. A small cache needs many for its size: it learns nothing from
-# what it forgot before it came back.
-MIN_GHOSTS = 1 << 16
+# A ghost costs about 80 bytes. A small cache needs many for its size: it learns nothing from what
+# it forgot before it came back.
+MIN_GHOSTS = 3 << 13
 MAX_TENANTS = 4096
 _NO_TIME = float("inf")
 

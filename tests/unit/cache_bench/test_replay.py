@@ -34,7 +34,8 @@ def test_smart_cache_beats_every_classic_on_chats(divisor: int) -> None:
 @pytest.mark.parametrize(
     ("made", "capacity"),
     [
-        (generated_traces.scan(), 200),
+        (generated_traces.scan(), 100),
+        pytest.param(generated_traces.scan(), 200, marks=pytest.mark.slow),
         pytest.param(generated_traces.scan(), 1000, marks=pytest.mark.slow),
         (generated_traces.loop(200), 200),
         pytest.param(generated_traces.loop(1000), 1000, marks=pytest.mark.slow),
@@ -42,8 +43,30 @@ def test_smart_cache_beats_every_classic_on_chats(divisor: int) -> None:
         pytest.param(generated_traces.shift(), 200, marks=pytest.mark.slow),
         (generated_traces.flood(), 300),
         pytest.param(generated_traces.flood(), 1000, marks=pytest.mark.slow),
+        (generated_traces.popular(), 300),
+        pytest.param(generated_traces.popular(), 3000, marks=pytest.mark.slow),
+        (generated_traces.agents(), 200),
+        pytest.param(generated_traces.agents(), 2000, marks=pytest.mark.slow),
+        (generated_traces.calls(), 300),
+        pytest.param(generated_traces.calls(), 3000, marks=pytest.mark.slow),
     ],
-    ids=["scan", "scan-wide", "loop", "loop-wide", "shift", "shift-wide", "flood", "flood-wide"],
+    ids=[
+        "scan",
+        "scan-middle",
+        "scan-wide",
+        "loop",
+        "loop-wide",
+        "shift",
+        "shift-wide",
+        "flood",
+        "flood-wide",
+        "popular",
+        "popular-wide",
+        "agents",
+        "agents-wide",
+        "calls",
+        "calls-wide",
+    ],
 )
 def test_smart_cache_never_falls_far_behind_the_best_classic(made: Trace, capacity: int) -> None:
     found = rates(made, capacity)
