@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mcp_vllm.store.smart_cache.eviction import make_room, make_tenant_room
 from mcp_vllm.store.smart_cache.layout import BUDGET_BYTES, HELD, State, step
-from mcp_vllm.store.smart_cache.records import find, find_or_add
+from mcp_vllm.store.smart_cache.records import find, find_or_add, forget_ghosts
 from mcp_vllm.store.smart_cache.tree import QUOTA, hold
 
 
@@ -39,6 +39,7 @@ def admit_chain(
     largest = min(state.numbers[BUDGET_BYTES], state.tenants[QUOTA, tenant])
     slots[:] = -1
     fresh[:] = False
+    forget_ghosts(state, len(fingerprints))
     for i in range(len(fingerprints)):
         if sizes[i] > largest:
             break
@@ -61,6 +62,7 @@ def hold_block(
     state: State, fingerprint: np.uint64, size_bytes: int, saved_ms: float, parent: int, tenant: int
 ) -> int:
     """Hold a block for which room was made; its slot."""
+    forget_ghosts(state, 1)
     slot = find_or_add(state, fingerprint)
     record = state.records[slot]
     if not record.flags & HELD:

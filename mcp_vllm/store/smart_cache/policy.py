@@ -199,7 +199,7 @@ class SmartCache(Generic[Key]):
 
         None, and nothing has changed, when that cannot be done without `protected` or pinned ones.
         """
-        slots = [slot for key in protected if (slot := self._held_slot(key)) >= 0]
+        slots = self._held_slots(protected)
         flags = self._state.records["flags"]
         flags[slots] |= PROTECTED
         num_victims = int(make_room(self._state, size_bytes, num_blocks, self._victims))
@@ -259,17 +259,13 @@ class SmartCache(Generic[Key]):
 
     def pin(self, keys: Iterable[Key]) -> None:
         """Keep these held blocks until `unpin`; may be done several times."""
-        for key in keys:
-            slot = self._held_slot(key)
-            if slot >= 0:
-                change_pins(self._state, slot, 1)
+        for slot in self._held_slots(keys):
+            change_pins(self._state, slot, 1)
 
     def unpin(self, keys: Iterable[Key]) -> None:
         """Take one pin from each of these; no effect on those that have none."""
-        for key in keys:
-            slot = self._held_slot(key)
-            if slot >= 0:
-                change_pins(self._state, slot, -1)
+        for slot in self._held_slots(keys):
+            change_pins(self._state, slot, -1)
 
     def set_quota(self, tenant: str, quota_bytes: int) -> None:
         """At most so many bytes for a tenant, from its next offer on."""
@@ -324,8 +320,18 @@ class SmartCache(Generic[Key]):
         return int(found[0])
 
     def _held_slot(self, key: Key) -> int:
-        slot = self._slot(key)
-        return slot if slot >= 0 and self._keys[slot] == key else -1
+        return next(iter(self._held_slots([key])), -1)
+
+    def _held_slots(self, keys: Iterable[Key]) -> list[int]:
+        """The slots of those that are held."""
+        wanted = list(keys)
+        found = np.empty(len(wanted), np.int32)
+        find_all(self._state, self._names(wanted), found)
+        return [
+            slot
+            for slot, key in zip(found.tolist(), wanted, strict=True)
+            if slot >= 0 and self._keys[slot] == key
+        ]
 
     def _tenant(self, tenant: str) -> int:
         """Its row; tenants beyond the number that are told apart share the row of no tenant."""

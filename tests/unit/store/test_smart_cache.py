@@ -336,3 +336,16 @@ def test_a_damaged_image_is_refused_and_nothing_changes(harm: bytes | str) -> No
         made.restore(bytes(image))
     assert made.explain(3) is None
     made.check_integrity()
+
+
+@pytest.mark.parametrize("way", ["offer", "insert"])
+def test_blocks_that_no_request_asked_for_first_do_not_outgrow_the_ghosts(way):
+    made = cache(budget_bytes=4, max_blocks=4, max_ghosts=8)
+    for number in range(100):
+        if way == "offer":
+            made.offer([number], [1])
+        else:
+            assert made.evict(1) is not None
+            made.insert(number, 1)
+        assert made.num_ghosts <= 8
+        made.check_integrity()
