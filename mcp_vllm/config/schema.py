@@ -320,6 +320,10 @@ class Config(Section):
     host_cache_bytes: ByteSize = Field(default=ByteSize(_GIB), ge=_MIB, le=_MAX_BYTES)
     """The engine's host cache: shared memory for uncompressed blocks (vLLM's primary tier)."""
 
+    host_cache_policy: Literal["smart", "lru"] = "smart"
+    """What leaves the host cache first: what promises least (`smart`: SmartCache), or what was used
+    longest ago (`lru`: vLLM's own)."""
+
     peers: Annotated[tuple[PeerAddress, ...], AfterValidator(unique)] = Field(
         default=(), max_length=256
     )

@@ -27,6 +27,7 @@ from mcp_vllm.link.prefill import PrefillMeter
 from mcp_vllm.link.supervisor import AgentSupervisor, own_socket_path
 from mcp_vllm.vllm_plugin import settings
 from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
+from mcp_vllm.vllm_plugin.host_policy import SmartCachePolicy
 from mcp_vllm.vllm_plugin.layout import group_layouts
 from mcp_vllm.vllm_plugin.prefill_steps import PrefillSteps
 from mcp_vllm.vllm_plugin.session import session_of
@@ -73,6 +74,12 @@ class MCPConnector(OffloadingConnector):
     def _tier(self) -> ContextTier:
         tiers = self.scheduler.manager.secondary_tiers
         return next(tier for tier in tiers if isinstance(tier, ContextTier))
+
+    @property
+    def _host_policy(self) -> SmartCachePolicy | None:
+        """What decides on the host chunks, where that is not one of vLLM's own policies."""
+        policy = self.scheduler.manager.primary_tier._policy
+        return policy if isinstance(policy, SmartCachePolicy) else None
 
     def _start_tier(
         self, config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
@@ -125,6 +132,10 @@ class MCPConnector(OffloadingConnector):
         salted = request.cache_salt is not None
         session = session_of(request.request_id, request.kv_transfer_params)
         cost = self._prefill.cost
+        if (policy := self._host_policy) is not None:
+            live = [state.offload_keys for state in status.group_states]
+            tokens = [group.tokens_per_chunk for group in self.scheduler.config.kv_group_configs]
+            policy.begin(request.request_id, live, tokens, cost)
         self._tier.prepare(status.req_context, session, salted, chains, cost)
 
     def get_num_new_matched_tokens(
@@ -140,6 +151,8 @@ class MCPConnector(OffloadingConnector):
             # the cores that the agent needs to answer.
             self._tier.wait_for_agent(IDLE_STEP_S)
         self._steps.scheduled(scheduler_output)
+        if (policy := self._host_policy) is not None:
+            policy.forget(scheduler_output.finished_req_ids)
         return metadata
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -175,6 +188,8 @@ class MCPConnector(OffloadingConnector):
                 self.scheduler.config.kv_group_configs, status.group_states, strict=True
             )
         ]
+        if (policy := self._host_policy) is not None:
+            policy.finish(request.request_id, chains, request.num_output_tokens)
         cost = self._prefill.cost
         report = self._tier.conclude(request.request_id, chains, num_tokens, cost)
         session = session_of(request.request_id, request.kv_transfer_params)

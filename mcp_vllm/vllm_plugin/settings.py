@@ -21,6 +21,7 @@ SETTINGS_KEY = "mcp"
 RESOLVED_KEY = "mcp_resolved"
 SPEC = "MCPOffloadingSpec"
 TIER = "mcp"
+POLICY, POLICY_MODULE = "SmartCachePolicy", "mcp_vllm.vllm_plugin.host_policy"
 
 
 def resolve(extra_config: dict[str, Any], config: Config | None = None) -> Config:
@@ -47,6 +48,9 @@ def complete(transfer_config: KVTransferConfig) -> Config:
     _register_parts()
     extra.setdefault("spec_name", SPEC)
     extra.setdefault("cpu_bytes_to_use", int(config.host_cache_bytes))
+    if config.host_cache_policy == "smart":
+        if extra.setdefault("eviction_policy", POLICY) == POLICY:
+            extra["cache_policy_module_path"] = POLICY_MODULE
     # A chat's next turn contains the answer to the last one: generated tokens are worth keeping.
     extra.setdefault("offload_prompt_only", False)
     tiers = extra.setdefault("secondary_tiers", [])
