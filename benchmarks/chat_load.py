@@ -1,5 +1,5 @@
-"""A chat load for caches: sessions that come back, some far more often than others, and prompts that
-never do. Deterministic in the seed. Used by `eviction_live.py`.
+"""A chat load for caches: sessions that come back, some far more often than others, and prompts
+that never do. Deterministic in the seed. Used by `eviction_live.py`.
 
 - A few assistants, each with a system prompt that its sessions share.
 - A fixed number of open chats. Which one speaks next is drawn by Zipf's law over the chats; a chat

@@ -20,9 +20,15 @@ from mcp_vllm.store.ram import Chunk, ChunkKey
 
 
 def use(
-    context: AgentContext, reader: Reader, namespace: bytes, chains: Sequence[Sequence[bytes]]
+    context: AgentContext,
+    reader: Reader,
+    namespace: bytes,
+    chains: Sequence[Sequence[bytes]],
+    output_tokens: int,
+    since_s: float,
 ) -> list[ChunkKey]:
-    """A request has ended with these chains: they were used just now, and are its tenant's own.
+    """A request that came at `since_s` has ended with these chains: they were used just now, and
+    are its tenant's own.
 
     Returns those of others that have to be sealed anew first: for `seal_anew`.
     """
@@ -38,8 +44,8 @@ def use(
                     sealed.append(other)
                 else:
                     name = _adopt(context, reader, other, chunk)
-            names.append(name)
-        context.tiers.touch(filter(None, names))
+            names.append(name or reader.own(namespace, key))
+        context.tiers.touch(names, num_output_tokens=output_tokens, since_s=since_s)
     return sealed
 
 

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from mcp_vllm.agent.chains import SavedPrefill
 from mcp_vllm.agent.codecs import AgentCodecs
-from mcp_vllm.agent.disk import open_disk
+from mcp_vllm.agent.disk import open_disk, policy_file
 from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.agent.pins import SessionPins
@@ -24,8 +25,8 @@ from mcp_vllm.link.protocol import GroupLayout
 from mcp_vllm.security.seals import Seals
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.session.manifest import Manifest, SessionRegistry
+from mcp_vllm.store.chunk_policy import ChunkPolicy
 from mcp_vllm.store.ram import ChunkKey, RamStore
-from mcp_vllm.store.tenants import TenantLedger
 from mcp_vllm.store.tiers import Held, Tiers, seal_id_of
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
@@ -69,8 +70,19 @@ class AgentContext:
         self.config = config
         self.agent_id = uuid.uuid4().hex[:12]
         tenants = config.tenants
-        self.store = RamStore(config.agent.ram_bytes, tenants=TenantLedger(tenants.ram_bytes_of))
-        self.tiers = Tiers(self.store, open_disk(config.agent.disk))
+        # What computing costs this host's engines, by namespace, as they measured it.
+        self.prefills: dict[bytes, PrefillCost] = {}
+        self.saved_prefill = SavedPrefill(self.prefills)
+        disk = open_disk(config.agent.disk, tenants, self.saved_prefill.ms_of)
+        policy = ChunkPolicy(
+            config.agent.ram_bytes,
+            quota_of=tenants.ram_bytes_of,
+            named=[quota.tenant for quota in tenants.quotas],
+            saved_ms_of=self.saved_prefill.ms_of,
+            file=policy_file(config.agent.disk, "memory") if disk is not None else None,
+        )
+        self.store = RamStore(config.agent.ram_bytes, policy)
+        self.tiers = Tiers(self.store, disk)
         self.sessions = SessionRegistry(config.agent.max_sessions, tenants.sessions_of)
         self.seals = Seals()
         self.metrics = AgentMetrics()
@@ -78,8 +90,6 @@ class AgentContext:
         self.flights = Flights()
         self.pins = SessionPins(self.store, self.names_of)
         self.fingerprints: dict[bytes, Fingerprint] = {}
-        # What computing costs this host's engines, by namespace, as they measured it.
-        self.prefills: dict[bytes, PrefillCost] = {}
         self.store_record = LoadRecord()
         self.disk_record = LoadRecord()
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
@@ -129,6 +139,7 @@ class AgentContext:
     def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""
         self.codecs.learn_engine(fingerprint.digest, fingerprint, groups)
+        self.saved_prefill.learn(fingerprint.digest, groups)
         self.fingerprints.pop(fingerprint.digest, None)
         self.fingerprints[fingerprint.digest] = fingerprint
         while len(self.fingerprints) > MAX_NAMESPACES:
@@ -136,6 +147,7 @@ class AgentContext:
             del self.fingerprints[oldest]
             self.codecs.forget_engine(oldest)
             self.prefills.pop(oldest, None)
+            self.saved_prefill.forget(oldest)
         return fingerprint.digest
 
     def close(self) -> None:

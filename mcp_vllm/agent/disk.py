@@ -11,24 +11,45 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mcp_vllm.config import DiskConfig
+from mcp_vllm.config import DiskConfig, TenantsConfig
 from mcp_vllm.session.journal import SessionJournal
 from mcp_vllm.session.manifest import Manifest, SessionKey, SessionRegistry
+from mcp_vllm.store.chunk_policy import ChunkPolicy, PolicyFile, SavedMs
 from mcp_vllm.store.disk import DiskError, DiskStore, DiskTier
 
 logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "sessions.journal"
-# Of agent.disk.bytes, for the sessions.
+# Of agent.disk.bytes, for the sessions, and for what the policies learned.
 JOURNAL_SHARE = 16
+POLICIES_SHARE = 16
 
 
-def open_disk(config: DiskConfig) -> DiskTier | None:
+def policy_file(config: DiskConfig, tier: str) -> PolicyFile | None:
+    """Where that tier's policy is kept; both together, while they are replaced, take no more than
+    their share."""
+    if config.path is None:
+        return None
+    return PolicyFile(config.path / f"{tier}.policy", config.bytes // POLICIES_SHARE // 4)
+
+
+def open_disk(config: DiskConfig, tenants: TenantsConfig, saved_ms_of: SavedMs) -> DiskTier | None:
     """The tier that is configured; None: none is, or it cannot be used."""
     if config.path is None:
         return None
+
+    def policy(budget_bytes: int) -> ChunkPolicy:
+        return ChunkPolicy(
+            budget_bytes,
+            quota_of=tenants.disk_bytes_of,
+            named=[quota.tenant for quota in tenants.quotas],
+            saved_ms_of=saved_ms_of,
+            file=policy_file(config, "disk"),
+        )
+
+    others = config.bytes // JOURNAL_SHARE + config.bytes // POLICIES_SHARE
     try:
-        return DiskTier(DiskStore(config.path, config.bytes - config.bytes // JOURNAL_SHARE))
+        return DiskTier(DiskStore(config.path, config.bytes - others, policy=policy))
     except DiskError as error:
         logger.error("agent.disk.path: %s; going on without it", error)
         return None

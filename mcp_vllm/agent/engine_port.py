@@ -52,12 +52,13 @@ MAX_POSITION = 1 << 20
 @dataclass
 class _Request:
     """`lossy` names the tiers that it accepts; `loss` is the worst that it was given. `decided`:
-    its whole context was looked up, and judged."""
+    its whole context was looked up, and judged. `since_s`: when it came (`time.monotonic`)."""
 
     tenant: str
     session: SessionKey | None
     holders: dict[bytes, list[Peer]]
     lossy: tuple[str, ...]
+    since_s: float
     loss: str = EXACT
     decided: bool = False
 
@@ -259,7 +260,9 @@ class EnginePort:
             self._context.activity.begin()
         self._decisions.learn(message.prefill)
         lossy = self._context.config.codec.lossy_for(message.tenant, message.salted)
-        self._requests[message.request_id] = _Request(message.tenant, session or None, {}, lossy)
+        self._requests[message.request_id] = _Request(
+            message.tenant, session or None, {}, lossy, time.monotonic()
+        )
 
     def _reader(self, tenant: str, request: _Request | None) -> Reader:
         return self._context.reader(tenant, request.lossy if request else ())
@@ -374,7 +377,14 @@ class EnginePort:
             return
         self._context.activity.end()
         reader = self._reader(request.tenant, request)
-        sealed = adoption.use(self._context, reader, self._namespace, message.chains)
+        sealed = adoption.use(
+            self._context,
+            reader,
+            self._namespace,
+            message.chains,
+            message.output_tokens,
+            request.since_s,
+        )
         if sealed:
             self._start(adoption.seal_anew(self._context, reader, sealed))
         if request.session is not None and message.chains:

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Middleware
 
 from mcp_vllm import __version__
 from mcp_vllm.agent import peer_report, wire
+from mcp_vllm.agent.chains import by_group
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_http import DirectoryHttp
 from mcp_vllm.agent.encoder import Encoder
@@ -173,7 +174,8 @@ class HttpApi:
         names = [reader.held(tiers, asked.namespace, key) for key in asked.keys]
         try:
             await response.prepare(request)
-            tiers.touch(filter(None, names))
+            for chain in by_group(filter(None, names)):
+                tiers.touch(chain)
             await self._send_frames(response, names, asked)
             await response.write(wire.FRAME_HEAD.pack(wire.END_INDEX, 0, 0, 0))
             await response.write_eof()

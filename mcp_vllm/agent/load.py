@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mcp_vllm.agent import wire
+from mcp_vllm.agent.chains import by_group
 from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
@@ -101,8 +102,6 @@ class LoadJob:
             logger.exception("a load failed")
         if self.watch is not None and self.watch.gave_up:
             self._causes = {SLOWER: None, **self._causes}
-        # Parents are younger than their children again, whatever order they came in.
-        self.context.tiers.touch(filter(None, map(self._held_name, range(len(self.keys)))))
         self._report()
         await self.send(
             Loaded(
@@ -144,7 +143,8 @@ class LoadJob:
 
     async def _from_store(self) -> None:
         names = {index: self._held_name(index) for index in self._in_order()}
-        self.context.tiers.touch(filter(None, names.values()))
+        for chain in by_group(filter(None, names.values())):
+            self.context.tiers.touch(chain)
         room = asyncio.Semaphore(self._frames_at_once)
         async with asyncio.TaskGroup() as tasks:
             for index, name in names.items():

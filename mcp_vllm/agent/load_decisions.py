@@ -16,14 +16,10 @@ from mcp_vllm.agent.load_sources import LoadSource, SourcesOf
 from mcp_vllm.agent.load_watch import LoadFacts, LoadWatch
 from mcp_vllm.agent.peer import Peer
 from mcp_vllm.agent.reader import Reader
-from mcp_vllm.link.prefill import PrefillCost
+from mcp_vllm.link.prefill import ASSUMED_PREFILL, PrefillCost
 from mcp_vllm.link.protocol import GroupLayout, Load, Lookup, group_index
 
 logger = logging.getLogger(__name__)
-
-# Until an engine of that kind has computed a prompt, here or at a peer: about what one GPU does
-# with a model of middling size, so that a slow load is given up early rather than late.
-ASSUMED_PREFILL = PrefillCost(step_s=0.0, token_s=1 / 5000, context_s=0.0, step_tokens=1 << 30)
 
 Holders = Mapping[bytes, Sequence[Peer]]
 

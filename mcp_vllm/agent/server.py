@@ -154,6 +154,7 @@ class Agent:
             if kept is not None:
                 await kept.close()
             if self._context.tiers.disk is not None:
+                self._context.store.policy.keep()
                 await self._context.tiers.disk.close()
             security.close()
             self._context.close()

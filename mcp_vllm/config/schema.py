@@ -215,6 +215,9 @@ class TenantQuota(Section):
     ram_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
     """Memory for its blocks; 0: no quota."""
 
+    disk_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Disk for its blocks; 0: no quota."""
+
     sessions: int = Field(default=0, ge=0, le=10_000_000)
     """Its sessions; 0: no quota."""
 
@@ -226,8 +229,8 @@ def _one_quota_each(quotas: tuple[TenantQuota, ...]) -> tuple[TenantQuota, ...]:
 
 class TenantsConfig(Section):
     """Tenants of one agent: what they share, and how much each may have. Blocks are found by their
-    content inside a tenant only. Over a quota, the tenant's own blocks and sessions leave, those
-    used longest ago first."""
+    content inside a tenant only. Over a quota, the tenant's own leave: the blocks that promise
+    least, the sessions used longest ago."""
 
     shared: Annotated[tuple[str, ...], AfterValidator(unique)] = Field(default=(), max_length=32)
     """Tenants whose blocks every tenant may use, for system prompts: what a request of such a
@@ -236,13 +239,16 @@ class TenantsConfig(Section):
     ram_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
     """Memory that the blocks of a tenant may take; 0: no quota."""
 
+    disk_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Disk that the blocks of a tenant may take; 0: no quota."""
+
     sessions: int = Field(default=0, ge=0, le=10_000_000)
     """Sessions that a tenant may have; 0: no quota."""
 
     quotas: Annotated[tuple[TenantQuota, ...], AfterValidator(_one_quota_each)] = Field(
         default=(), max_length=10_000
     )
-    """Tenants with other quotas: a list of `{tenant, ram_bytes, sessions}`."""
+    """Tenants with other quotas: a list of `{tenant, ram_bytes, disk_bytes, sessions}`."""
 
     @cached_property
     def _by_tenant(self) -> dict[str, TenantQuota]:
@@ -252,6 +258,11 @@ class TenantsConfig(Section):
         """The bytes that its blocks may take; 0: no quota."""
         quota = self._by_tenant.get(tenant)
         return int(self.ram_bytes if quota is None else quota.ram_bytes)
+
+    def disk_bytes_of(self, tenant: str) -> int:
+        """The bytes that its blocks may take on disk; 0: no quota."""
+        quota = self._by_tenant.get(tenant)
+        return int(self.disk_bytes if quota is None else quota.disk_bytes)
 
     def sessions_of(self, tenant: str) -> int:
         """The sessions that it may have; 0: no quota."""

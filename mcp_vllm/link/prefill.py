@@ -61,6 +61,11 @@ class PrefillCost(msgspec.Struct, frozen=True):
         return 4096 / self.seconds(0, 4096)
 
 
+# Until an engine of that kind has computed a prompt, here or at a peer: about what one GPU does
+# with a model of middling size, so that a slow load is given up early rather than late.
+ASSUMED_PREFILL = PrefillCost(step_s=0.0, token_s=1 / 5000, context_s=0.0, step_tokens=1 << 30)
+
+
 class PrefillMeter:
     """Fits a `PrefillCost` to the latest steps, by least squares of relative errors.
 

@@ -302,13 +302,15 @@ class Discard(msgspec.Struct, tag=True):
 class Finish(msgspec.Struct, tag=True):
     """A request ended. Empty `chains`: nothing was computed for it, only forget it.
 
-    `prefill`: as in Prepare; the request may have been the first to measure it.
+    `prefill`: as in Prepare; the request may have been the first to measure it. `output_tokens`: of
+    the answer.
     """
 
     request_id: str
     chains: list[list[Key]]
     num_tokens: int
     prefill: PrefillCost | None = None
+    output_tokens: Tokens = 0
 
 
 EngineMessage = Hello | Prepare | Lookup | Load | Release | Store | Commit | Discard | Finish

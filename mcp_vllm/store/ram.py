@@ -1,16 +1,15 @@
-"""Chunks in memory, under a byte budget; the least recently used leave first.
+"""Chunks in memory, under a byte budget; SmartCache says which leave.
 
 A chunk arrives raw (a copy of the engine's bytes), becomes a frame when the encoder gets to it, and
 is served in either form. The budget counts whichever form is held. Owned by the agent's event loop;
-no locks. Chains are touched from their end, so a parent is always younger than its children and
-leaves after them.
+no locks.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.codec.loss import EXACT, rank
 from mcp_vllm.session.manifest import DEFAULT_TENANT
+from mcp_vllm.store.chunk_policy import MAX_CHUNK_BYTES, ChunkPolicy
+from mcp_vllm.store.newcomers import Newcomers
 from mcp_vllm.store.tenants import TenantLedger
 
 # What an entry costs beyond its bytes (key, object, dictionary slot), counted against the budget.
@@ -70,30 +71,39 @@ class StoreSize:
     budget_bytes: int
 
 
-@dataclass
 class RamStore:
     """A bounded map from `ChunkKey` to `Chunk`.
 
     Invariant: the bytes held never exceed the budget. A chunk that does not fit beside the pinned
     ones, or into its tenant's quota, is not kept, which `put` reports; pinned chunks never leave by
-    eviction. Each of `framed` is called with a chunk that has its frame now, and again when it is
-    evicted: a tier below may take it. Each of `watchers` is called with a name and whether it has
-    come (or gone), each of `over_quota` with the name of a chunk that left because its tenant had
-    too much.
+    eviction, and newcomers not before their request told its chain (`touch`), as far as others can
+    leave instead.
+
+    Attributes:
+        policy: what decides; its budget is the store's.
+        evictions: chunks that had to leave since the start.
+        framed: each called with a chunk that has its frame now, and again when it is evicted: a
+            tier below may take it.
+        watchers: each called with a name and whether it has come (or gone).
+        over_quota: each called with the name of a chunk that left because its tenant had too much.
     """
 
-    budget_bytes: int
-    evictions: int = 0
-    tenants: TenantLedger = field(default_factory=TenantLedger)
-    over_quota: list[Callable[[ChunkKey], None]] = field(default_factory=list)
-    watchers: list[Callable[[ChunkKey, bool], None]] = field(default_factory=list)
-    framed: list[Callable[[ChunkKey, Chunk], None]] = field(default_factory=list)
-    _chunks: OrderedDict[ChunkKey, Chunk] = field(default_factory=OrderedDict)
-    _raw: dict[ChunkKey, None] = field(default_factory=dict)
-    _pins: Counter[ChunkKey] = field(default_factory=Counter)
-    _pinned_bytes: int = 0
-    _held_bytes: int = 0
-    _raw_held_bytes: int = 0
+    def __init__(self, budget_bytes: int, policy: ChunkPolicy | None = None) -> None:
+        self.budget_bytes = budget_bytes
+        self.policy = ChunkPolicy(budget_bytes) if policy is None else policy
+        assert self.policy.budget_bytes == budget_bytes
+        self.evictions = 0
+        self.tenants = TenantLedger()
+        self.over_quota: list[Callable[[ChunkKey], None]] = []
+        self.watchers: list[Callable[[ChunkKey, bool], None]] = []
+        self.framed: list[Callable[[ChunkKey, Chunk], None]] = []
+        self._chunks: dict[ChunkKey, Chunk] = {}
+        self._newcomers = Newcomers(self.policy)
+        self._raw: dict[ChunkKey, None] = {}
+        self._pins: Counter[ChunkKey] = Counter()
+        self._pinned_bytes = 0
+        self._held_bytes = 0
+        self._raw_held_bytes = 0
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -121,36 +131,51 @@ class RamStore:
         """
         present = self._chunks.get(name)
         if present is not None and rank(present.loss) <= rank(chunk.loss):
-            self._used(name)
             return True
-        if chunk.held_bytes > self.budget_bytes - self._pinned_bytes:
+        if chunk.held_bytes > min(self.budget_bytes - self._pinned_bytes, MAX_CHUNK_BYTES):
             return False
-        replaced_bytes = present.held_bytes if present is not None else 0
-        if not self._make_room_for(name, chunk.held_bytes - replaced_bytes):
-            return False
-        pins = self._pins.get(name, 0)
         if present is not None:
-            self.discard(name)
-        self._evict_until(self.budget_bytes - chunk.held_bytes)
-        self._chunks[name] = chunk
-        if pins:
-            self._pins[name] = pins
-            self._pinned_bytes += chunk.held_bytes
-        self._account(name, chunk, 1)
-        self.tenants.added(name, chunk.held_bytes)
-        self._tell(name, True)
-        self._tell_framed(name, chunk)
+            return self._replace(name, present, chunk)
+        if not self._make_room(name, chunk.held_bytes, num_chunks=1):
+            return False
+        self.policy.hold(name, chunk.held_bytes)
+        self._newcomers.add(name, chunk.held_bytes)
+        self._add(name, chunk)
         return True
 
-    def touch(self, names: Iterable[ChunkKey]) -> None:
-        """Mark the chunks of one chain, in chain order, as just used."""
-        for name in reversed(list(names)):
-            if name in self._chunks:
-                self._used(name)
+    def offer(self, name: ChunkKey, chunk: Chunk) -> bool:
+        """Keep a chunk that a tier below has, if it is worth more than what had to leave for it."""
+        if name in self._chunks:
+            return True
+        if chunk.held_bytes > MAX_CHUNK_BYTES:
+            return False
+        admission = self.policy.admit(name, chunk.held_bytes)
+        for victim in admission.evicted:
+            self._leave(victim)
+        if name not in admission.kept:
+            return False
+        self._add(name, chunk)
+        return True
+
+    def touch(
+        self,
+        chain: Sequence[ChunkKey],
+        *,
+        num_output_tokens: int | None = None,
+        since_s: float | None = None,
+    ) -> None:
+        """A request used this chain, root first; see `SmartCache.access`."""
+        self.policy.access(chain, num_output_tokens=num_output_tokens, since_s=since_s)
+        self._newcomers.settle(chain)
 
     def set_frame(self, name: ChunkKey, chunk: Chunk, frame: bytes) -> None:
         """Replace the raw bytes of `chunk` by its frame; no effect if it has left meanwhile."""
         if self._chunks.get(name) is not chunk or chunk.frame is not None:
+            return
+        framed = Chunk(chunk.layout, chunk.raw_bytes, frame=frame, loss=chunk.loss)
+        # An incompressible chunk's frame exceeds its raw form by the frame header.
+        if not self._fits(name, framed.held_bytes - chunk.held_bytes):
+            self.discard(name)
             return
         before = chunk.held_bytes
         self._account(name, chunk, -1)
@@ -160,19 +185,15 @@ class RamStore:
         if name in self._pins:
             self._pinned_bytes += chunk.held_bytes - before
         self._tell_framed(name, chunk)
-        # An incompressible chunk's frame exceeds its raw form by the frame header.
-        self._make_room_for(name, 0)
-        self._evict_until(self.budget_bytes)
 
     def discard(self, name: ChunkKey) -> None:
         """Forget the chunk, if present (its bytes proved bad)."""
-        if name in self._pins:
-            self._drop_pins(name)
-        chunk = self._chunks.pop(name, None)
-        if chunk is not None:
-            self._account(name, chunk, -1)
-            self.tenants.removed(name, chunk.held_bytes)
-            self._tell(name, False)
+        if name in self._chunks:
+            if name in self._pins:
+                self._drop_pins(name)
+            self._newcomers.forget(name)
+            self.policy.remove(name)
+            self._remove(name)
 
     def pin(self, names: Iterable[ChunkKey], max_share: float) -> bool:
         """Keep these chunks (those that are here) until `unpin`; may be done several times.
@@ -187,6 +208,7 @@ class RamStore:
             return False
         self._pins.update(wanted)
         self._pinned_bytes += added_bytes
+        self.policy.pin(added)
         return True
 
     def unpin(self, names: Iterable[ChunkKey]) -> None:
@@ -218,41 +240,71 @@ class RamStore:
         assert self._pinned_bytes == sum(self._chunks[name].held_bytes for name in self._pins)
         assert all(count > 0 for count in self._pins.values())
         self.tenants.check_integrity({n: c.held_bytes for n, c in self._chunks.items()})
+        self.policy.check_integrity()
+        assert (len(self.policy), self.policy.held_bytes) == (len(self), self._held_bytes)
+        assert all(name in self.policy for name in self._chunks)
 
-    def _used(self, name: ChunkKey) -> None:
-        self._chunks.move_to_end(name)
-        self.tenants.touched(name)
+    def _replace(self, name: ChunkKey, present: Chunk, chunk: Chunk) -> bool:
+        if not self._fits(name, chunk.held_bytes - present.held_bytes):
+            return False
+        pinned = name in self._pins
+        if pinned:
+            self._pinned_bytes += chunk.held_bytes - present.held_bytes
+        self._remove(name)
+        self._add(name, chunk)
+        return True
 
-    def _make_room_for(self, name: ChunkKey, added_bytes: int) -> bool:
-        """Whether the tenant may hold so much more; what it had too much has left then."""
-        victims = self.tenants.victims(
-            name.tenant, added_bytes, lambda held: held == name or held in self._pins
+    def _fits(self, name: ChunkKey, grown_bytes: int) -> bool:
+        """Let a chunk that is here take so many more bytes; what had to leave for it has left."""
+        if not self._make_room(name, grown_bytes, num_chunks=0):
+            return False
+        self.policy.resize(name, self._chunks[name].held_bytes + grown_bytes)
+        return True
+
+    def _make_room(self, name: ChunkKey, added_bytes: int, num_chunks: int) -> bool:
+        return self._evict(name, added_bytes, num_chunks) or (
+            self._newcomers.settle_all() and self._evict(name, added_bytes, num_chunks)
         )
-        for victim in victims or ():
-            self.discard(victim)
-            self.evictions += 1
+
+    def _evict(self, name: ChunkKey, added_bytes: int, num_chunks: int) -> bool:
+        """Whether the tenant, and all together, may hold so much more now."""
+        surplus = self.policy.evict_over_quota(name, added_bytes)
+        for victim in surplus or ():
+            self._leave(victim)
             for watcher in self.over_quota:
                 watcher(victim)
+        if surplus is None:
+            return False
+        victims = self.policy.evict(added_bytes, num_chunks, protected=[name])
+        for victim in victims or ():
+            self._leave(victim)
         return victims is not None
 
-    def _evict_until(self, limit_bytes: int) -> None:
-        while self._held_bytes > limit_bytes:
-            name = next(iter(self._chunks))
-            if name in self._pins:
-                if self._held_bytes <= self._pinned_bytes:
-                    return
-                self._chunks.move_to_end(name)
-                continue
-            chunk = self._chunks.pop(name)
-            self._account(name, chunk, -1)
-            self.tenants.removed(name, chunk.held_bytes)
-            self.evictions += 1
-            self._tell_framed(name, chunk)
-            self._tell(name, False)
+    def _leave(self, victim: ChunkKey) -> None:
+        """The policy has evicted it."""
+        chunk = self._chunks[victim]
+        self.evictions += 1
+        self._newcomers.forget(victim)
+        self._tell_framed(victim, chunk)
+        self._remove(victim)
+
+    def _add(self, name: ChunkKey, chunk: Chunk) -> None:
+        self._chunks[name] = chunk
+        self._account(name, chunk, 1)
+        self.tenants.added(name, chunk.held_bytes)
+        self._tell(name, True)
+        self._tell_framed(name, chunk)
+
+    def _remove(self, name: ChunkKey) -> None:
+        chunk = self._chunks.pop(name)
+        self._account(name, chunk, -1)
+        self.tenants.removed(name, chunk.held_bytes)
+        self._tell(name, False)
 
     def _drop_pins(self, name: ChunkKey) -> None:
         del self._pins[name]
         self._pinned_bytes -= self._chunks[name].held_bytes
+        self.policy.unpin([name])
 
     def _tell(self, name: ChunkKey, present: bool) -> None:
         for watcher in self.watchers:

@@ -1,13 +1,13 @@
-"""What each tenant has in a store: its bytes, its quota, and what leaves when that is exceeded.
+"""What each tenant has in a store, and who else has what it has.
 
-A tenant over its quota loses chunks of its own, those used longest ago first; nobody else's. Kept
-by `RamStore`, in the agent's event loop. Tenants without a quota cost a counter each.
+Kept by `RamStore`, in the agent's event loop; a tenant costs a counter. Its quota is the policy's
+concern.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mcp_vllm.session.manifest import DEFAULT_TENANT
@@ -15,25 +15,12 @@ from mcp_vllm.session.manifest import DEFAULT_TENANT
 if TYPE_CHECKING:
     from mcp_vllm.store.ram import ChunkKey
 
-QuotaOf = Callable[[str], int]
-
-
-def _no_quota(tenant: str) -> int:
-    return 0
-
 
 class TenantLedger:
-    """See the module's docstring.
+    """See the module's docstring."""
 
-    Args:
-        quota_of: bytes that a tenant may hold; 0: no quota.
-    """
-
-    def __init__(self, quota_of: QuotaOf = _no_quota) -> None:
-        self._quota_of = quota_of
+    def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()
-        # Of tenants with a quota, by last use.
-        self._order: dict[str, OrderedDict[ChunkKey, int]] = {}
         # Who has a chunk beside the default tenant, by namespace and key.
         self._holders: dict[tuple[bytes, bytes], list[str]] = {}
 
@@ -47,8 +34,6 @@ class TenantLedger:
     def added(self, name: ChunkKey, held_bytes: int) -> None:
         tenant = name.tenant
         self._bytes[tenant] += held_bytes
-        if self._quota_of(tenant):
-            self._order.setdefault(tenant, OrderedDict())[name] = held_bytes
         if tenant != DEFAULT_TENANT:
             self._holders.setdefault(name[:2], []).append(tenant)
 
@@ -57,11 +42,6 @@ class TenantLedger:
         self._bytes[tenant] -= held_bytes
         if not self._bytes[tenant]:
             del self._bytes[tenant]
-        order = self._order.get(tenant)
-        if order is not None:
-            order.pop(name, None)
-            if not order:
-                del self._order[tenant]
         if tenant != DEFAULT_TENANT:
             holders = self._holders[name[:2]]
             holders.remove(tenant)
@@ -70,39 +50,12 @@ class TenantLedger:
 
     def resized(self, name: ChunkKey, grown_bytes: int) -> None:
         self._bytes[name.tenant] += grown_bytes
-        order = self._order.get(name.tenant)
-        if order is not None:
-            order[name] += grown_bytes
-
-    def touched(self, name: ChunkKey) -> None:
-        order = self._order.get(name.tenant)
-        if order is not None:
-            order.move_to_end(name)
-
-    def victims(
-        self, tenant: str, added_bytes: int, is_kept: Callable[[ChunkKey], bool]
-    ) -> list[ChunkKey] | None:
-        """The tenant's chunks that must leave so that `added_bytes` fit into its quota; None when
-        they cannot, because too much of it is kept."""
-        quota = self._quota_of(tenant)
-        surplus = self._bytes[tenant] + added_bytes - quota if quota else 0
-        chosen: list[ChunkKey] = []
-        for name, held_bytes in self._order.get(tenant, {}).items():
-            if surplus <= 0:
-                break
-            if not is_kept(name):
-                chosen.append(name)
-                surplus -= held_bytes
-        return chosen if surplus <= 0 else None
 
     def check_integrity(self, held: dict[ChunkKey, int]) -> None:
         """Recount, for tests. Raises AssertionError."""
         counted: Counter[str] = Counter()
         for name, held_bytes in held.items():
             counted[name.tenant] += held_bytes
-            if self._quota_of(name.tenant):
-                assert self._order[name.tenant][name] == held_bytes
         assert counted == self._bytes
-        assert sum(len(order) for order in self._order.values()) <= len(held)
         others = sum(name.tenant != DEFAULT_TENANT for name in held)
         assert sum(len(each) for each in self._holders.values()) == others

@@ -1,8 +1,9 @@
 """Memory and disk behind each other: where a chunk is, and how it comes up and goes down.
 
-A chunk is written to disk as soon as it is a frame, so what memory evicts is there already, and
-what a killed agent had is there for the next. A hit on disk is brought up into memory. Without a
-disk all of this is what memory alone does. Owned by the agent's event loop.
+A chunk is offered to the disk as soon as it is a frame, and again when memory evicts it: the disk's
+policy says whether it is kept there, memory's whether a hit on disk comes up. Both learn from the
+same uses. What a killed agent had on disk is there for the next. Without a disk all of this is what
+memory alone does. Owned by the agent's event loop.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from mcp_vllm.security.seals import key_id_of
-from mcp_vllm.store.disk import DiskTier, Record, StoredFrame
+from mcp_vllm.store.disk import DiskTier, Record, StoredFrame, Use
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
 
 # What is known of a chunk without reading it: `layout`, `raw_bytes`, `loss`, and see `seal_id_of`.
@@ -62,21 +63,33 @@ class Tiers:
         return self._disk.find(name)
 
     async def get(self, name: ChunkKey) -> Chunk | None:
-        """The chunk with its bytes, brought up into memory where it fits; None: it is gone."""
+        """The chunk with its bytes, brought up into memory if worth that; None: it is gone."""
         chunk = self._ram.get(name)
         if chunk is not None or self._disk is None:
             return chunk
         chunk = await self._disk.get(name)
         if chunk is not None:
-            self._ram.put(name, chunk)
+            self._ram.offer(name, chunk)
         return chunk
 
-    def touch(self, names: Iterable[ChunkKey]) -> None:
-        """Mark the chunks of one chain, in chain order, as just used."""
+    def touch(
+        self,
+        names: Iterable[ChunkKey],
+        *,
+        num_output_tokens: int | None = None,
+        since_s: float | None = None,
+    ) -> None:
+        """A request used this chain of one KV cache group, root first, whether it is here or not.
+
+        Args:
+            num_output_tokens: of its answer, where it has ended.
+            since_s: what was used at that time (`time.monotonic`) or later, was by this request.
+        """
         chain = list(names)
-        self._ram.touch(chain)
-        if self._disk is not None and chain:
-            self._disk.touch(chain)
+        if chain:
+            self._ram.touch(chain, num_output_tokens=num_output_tokens, since_s=since_s)
+            if self._disk is not None:
+                self._disk.touch(Use(chain, num_output_tokens, since_s))
 
     def discard(self, name: ChunkKey) -> None:
         """Forget the chunk in every tier."""

@@ -188,10 +188,11 @@ class MCPConnector(OffloadingConnector):
                 self.scheduler.config.kv_group_configs, status.group_states, strict=True
             )
         ]
+        output_tokens = request.num_output_tokens
         if (policy := self._host_policy) is not None:
-            policy.finish(request.request_id, chains, request.num_output_tokens)
+            policy.finish(request.request_id, chains, output_tokens)
         cost = self._prefill.cost
-        report = self._tier.conclude(request.request_id, chains, num_tokens, cost)
+        report = self._tier.conclude(request.request_id, chains, num_tokens, output_tokens, cost)
         session = session_of(request.request_id, request.kv_transfer_params)
         imported_from = list(report.sources) or (["host"] if imported_tokens else [])
         ours = {

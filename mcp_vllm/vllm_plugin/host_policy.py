@@ -1,9 +1,9 @@
 """SmartCache as the policy of vLLM's primary tier, the host chunks.
 
-vLLM's manager owns the chunks and asks which to give up; the connector says what requests use, since
-it knows their whole chains when they arrive, and how they ended. Everything runs in the scheduler's
-thread: reading a chunk's state is a look into a dictionary, and new chunks are told to SmartCache a
-run at a time.
+vLLM's manager owns the chunks and asks which to give up; the connector says what requests use,
+since it knows their whole chains when they arrive, and how they ended. Everything runs in the
+scheduler's thread: reading a chunk's state is a look into a dictionary, and new chunks are told to
+SmartCache a run at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Request:
 
 
 class SmartCachePolicy(CachePolicy):
-    """See the module's docstring. The connector calls `begin`, `finish` and `forget`, vLLM the rest.
+    """See the module's docstring; the connector calls `begin`, `finish`, `forget`, vLLM the rest.
 
     All chunks have one size, so the budget counts chunks.
     """

@@ -49,8 +49,9 @@ def complete(transfer_config: KVTransferConfig) -> Config:
     extra.setdefault("spec_name", SPEC)
     extra.setdefault("cpu_bytes_to_use", int(config.host_cache_bytes))
     if config.host_cache_policy == "smart":
-        if extra.setdefault("eviction_policy", POLICY) == POLICY:
-            extra["cache_policy_module_path"] = POLICY_MODULE
+        extra.setdefault("eviction_policy", POLICY)
+    if extra.get("eviction_policy") == POLICY:
+        extra["cache_policy_module_path"] = POLICY_MODULE
     # A chat's next turn contains the answer to the last one: generated tokens are worth keeping.
     extra.setdefault("offload_prompt_only", False)
     tiers = extra.setdefault("secondary_tiers", [])

@@ -71,6 +71,7 @@ class _Request:
     prompt: list[OffloadKey] | None = None
     chains: list[list[OffloadKey]] = field(default_factory=list)
     num_tokens: int = 0
+    output_tokens: int = 0
     computed_tokens: int = 0
     prefill: PrefillCost | None = None
     report: ImportReport = field(default_factory=ImportReport)
@@ -165,6 +166,7 @@ class ContextTier(SecondaryTierManager):
         request_id: str,
         chains: list[list[OffloadKey]],
         num_tokens: int,
+        output_tokens: int,
         prefill: PrefillCost | None,
     ) -> ImportReport:
         """The request has ended; its session remembers these chains. What was brought for it?
@@ -175,6 +177,7 @@ class ContextTier(SecondaryTierManager):
         if request is None:
             return ImportReport()
         request.chains, request.num_tokens, request.prefill = chains, num_tokens, prefill
+        request.output_tokens = output_tokens
         return request.report
 
     def wait_for_agent(self, timeout_s: float) -> None:
@@ -252,7 +255,13 @@ class ContextTier(SecondaryTierManager):
             return
         chains = [list(chain) for chain in request.chains]
         self._link.send(
-            protocol.Finish(req_context.req_id, chains, request.num_tokens, request.prefill)
+            protocol.Finish(
+                req_context.req_id,
+                chains,
+                request.num_tokens,
+                request.prefill,
+                request.output_tokens,
+            )
         )
 
     def drain_jobs(self) -> None:

@@ -5,14 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-base = pytest.importorskip("vllm.v1.kv_offload.base")
-
-from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
-
 from mcp_vllm.config import Config
 from mcp_vllm.link.prefill import PrefillCost
-from mcp_vllm.vllm_plugin import settings
-from mcp_vllm.vllm_plugin.host_policy import SmartCachePolicy
+
+base = pytest.importorskip("vllm.v1.kv_offload.base")
+cpu = pytest.importorskip("vllm.v1.kv_offload.cpu.manager")
+settings = pytest.importorskip("mcp_vllm.vllm_plugin.settings")
 
 CHUNK_TOKENS = 16
 COST = PrefillCost(step_s=0.01, token_s=1e-4, context_s=1e-8, step_tokens=2048)
@@ -22,14 +20,14 @@ class Engine:
     """What the scheduler and the connector do for one request after the other."""
 
     def __init__(self, num_chunks: int, num_groups: int = 1) -> None:
-        self.manager = CPUOffloadingManager(
+        self.manager = cpu.CPUOffloadingManager(
             num_chunks, settings.POLICY, cache_policy_module_path=settings.POLICY_MODULE
         )
         self.num_groups = num_groups
         self.capacity = num_chunks
 
     @property
-    def policy(self) -> SmartCachePolicy:
+    def policy(self):
         return self.manager._policy
 
     def keys(self, path: str, group: int) -> list[bytes]:

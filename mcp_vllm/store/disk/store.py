@@ -8,33 +8,25 @@ that are mostly dead are rewritten, and one segment's space is kept free for tha
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mcp_vllm.codec.loss import rank
+from mcp_vllm.store.chunk_policy import ChunkPolicy
 from mcp_vllm.store.disk.batches import BATCH_BYTES, groups, parts, runs
 from mcp_vllm.store.disk.entry import HEAD, StoredFrame, can_be_named
-from mcp_vllm.store.disk.segment import (
-    SUFFIXES,
-    DamagedSegment,
-    DiskError,
-    Record,
-    Segment,
-    is_pair,
-    numbers_in,
-)
-from mcp_vllm.store.policy import CachePolicy, LruPolicy
+from mcp_vllm.store.disk.folder import locked, read_folder
+from mcp_vllm.store.disk.segment import DiskError, Record, Segment
 from mcp_vllm.store.ram import ChunkKey
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = "lock"
 MAX_SEGMENT_BYTES = 64 << 20
 # Segments that a budget is made of at least: one is kept free for rewriting.
 MIN_SEGMENTS = 32
@@ -58,11 +50,19 @@ class DiskSize:
     is_full: bool
 
 
+class Use(NamedTuple):
+    """A request used this chain, root first; see `Tiers.touch`."""
+
+    chain: Sequence[ChunkKey]
+    num_output_tokens: int | None = None
+    since_s: float | None = None
+
+
 class DiskStore:
     """See the module's docstring.
 
     Args:
-        policy: makes the policy for a number of bytes.
+        policy: makes the policy for a number of bytes, once the folder is ours.
         segment_bytes: size at which another segment is begun; 0: by the budget.
 
     Attributes:
@@ -77,7 +77,7 @@ class DiskStore:
         folder: Path,
         budget_bytes: int,
         *,
-        policy: Callable[[int], CachePolicy[ChunkKey]] = LruPolicy,
+        policy: Callable[[int], ChunkPolicy] = ChunkPolicy,
         segment_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,7 +93,6 @@ class DiskStore:
         live_bytes = int(LIVE_SHARE * (budget_bytes - self._segment_bytes - self._reserve_bytes))
         if live_bytes <= 0:
             raise DiskError(f"{budget_bytes} bytes are too few for a disk store")
-        self._policy = policy(live_bytes)
         self._records: dict[ChunkKey, Record] = {}
         self._segments: dict[int, Segment] = {}
         self._active: Segment | None = None
@@ -106,7 +105,8 @@ class DiskStore:
         self.refused: dict[str, int] = {}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock_fd = _locked(folder)
+            self._lock_fd = locked(folder)
+            self.policy = policy(live_bytes)
             self._recover()
         except OSError as error:
             raise DiskError(f"{folder} cannot be used for chunks: {error}") from error
@@ -126,7 +126,7 @@ class DiskStore:
     def size(self) -> DiskSize:
         return DiskSize(
             len(self._records),
-            self._policy.held_bytes,
+            self.policy.held_bytes,
             self._file_bytes(),
             self._budget_bytes,
             len(self._segments),
@@ -166,21 +166,21 @@ class DiskStore:
             for record in records:
                 self._add(record)
             for stored in part[len(records) :]:
-                self._policy.remove(stored.name)
+                self.policy.remove(stored.name)
                 self._refuse("full")
             written += len(records)
         self._tidy()
         return written
 
-    def touch(self, names: Sequence[ChunkKey]) -> None:
-        """The chunks of one chain, in chain order, were used."""
-        self._policy.access(names)
+    def touch(self, use: Use) -> None:
+        """A request used a chain."""
+        self.policy.access(use.chain, num_output_tokens=use.num_output_tokens, since_s=use.since_s)
 
     def discard(self, name: ChunkKey) -> None:
         """Forget the chunk, if present, for good."""
         record = self._records.get(name)
         if record is not None:
-            self._policy.remove(name)
+            self.policy.remove(name)
             self._bury(record)
 
     def discard_damaged(self, record: Record) -> None:
@@ -201,6 +201,7 @@ class DiskStore:
         with suppress(OSError):
             if self._active is not None:
                 self._active.sync()
+        self.policy.keep()
         self._active = None
         for segment in self._segments.values():
             segment.live.clear()  # it refers back: files are closed when the last reader is done
@@ -220,8 +221,8 @@ class DiskStore:
             assert not segment.live.keys() & found.keys()
             found.update(segment.live)
         assert found == self._records
-        assert all(name in self._policy for name in found)
-        assert self._policy.held_bytes == sum(each.held_bytes for each in found.values())
+        assert all(name in self.policy for name in found)
+        assert self.policy.held_bytes == sum(each.held_bytes for each in found.values())
         sizes = [path.stat().st_size for path in self._folder.iterdir() if path.stem.isdecimal()]
         assert sum(sizes) == self._file_bytes() <= self._budget_bytes
 
@@ -243,9 +244,9 @@ class DiskStore:
         if name in chosen and rank(chosen[name].loss) <= rank(stored.loss):
             return
         self.discard(name)
-        self._policy.remove(name)
+        self.policy.remove(name)
         chosen.pop(name, None)
-        admission = self._policy.offer([name], [stored.held_bytes], tenant=name.tenant)
+        admission = self.policy.admit(name, stored.held_bytes)
         for victim in admission.evicted:
             if chosen.pop(victim, None) is None:
                 self._bury(self._records[victim])
@@ -399,16 +400,11 @@ class DiskStore:
     # ---- starting ---------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        best: dict[ChunkKey, Record] = {}
-        for number in numbers_in(self._folder):
-            self._next_number = number + 1
-            for record in self._opened(number):
-                present = best.get(record.name)
-                if present is None or rank(record.loss) < rank(present.loss):
-                    best[record.name], record = record, present or record
-                if best[record.name] is not record:
-                    record.segment.mark_dead(record)
-        self._take_over(best)
+        found = read_folder(self._folder)
+        self._segments, self._records = found.segments, found.records
+        self._other_bytes = found.other_bytes
+        self._next_number, self._next_tick = found.next_number, found.next_tick
+        self._take_over(sorted(found.records.values(), key=lambda each: each.tick))
         for segment in list(self._segments.values()):
             if not segment.live:
                 self._unlink(segment)
@@ -418,40 +414,13 @@ class DiskStore:
         while not self._make_room(0) and self._segments:
             self._give_up(min(self._segments.values(), key=lambda each: each.live_bytes))
 
-    def _opened(self, number: int) -> list[Record]:
-        """The live records of that segment; none where it is of no use."""
-        segment = Segment(self._folder, number) if is_pair(self._folder, number) else None
-        try:
-            if segment is None:
-                raise DamagedSegment(f"segment {number} lacks one of its files")
-            found = segment.recover()
-        except DamagedSegment as error:
-            logger.warning("a segment in %s is removed: %s", self._folder, error)
-            _remove(self._folder, number)
-            return []
-        except DiskError as error:
-            logger.error("%s: left alone; remove it, or use another folder", error)
-            assert segment is not None
-            self._other_bytes += segment.file_bytes
-            return []
-        self._segments[number] = segment
-        self._next_tick = max([self._next_tick, *(each.tick + 1 for each, _ in found)])
-        return [record for record, is_live in found if is_live]
-
-    def _take_over(self, found: Mapping[ChunkKey, Record]) -> None:
+    def _take_over(self, records: Sequence[Record]) -> None:
         """Into the policy, the oldest first; with a smaller budget than before, not all."""
-        room, kept = self._policy.budget_bytes, []
-        for record in sorted(found.values(), key=lambda each: each.tick, reverse=True):
-            room -= record.held_bytes
-            if room < 0:
-                record.segment.mark_dead(record)
-            else:
-                kept.append(record)
-        for record in reversed(kept):
-            self._policy.offer([record.name], [record.held_bytes], tenant=record.name.tenant)
-            self._index(record)
-        for record in kept:
-            if record.name not in self._policy:
+        for record in records:
+            admission = self.policy.admit(record.name, record.held_bytes)
+            for victim in admission.evicted:
+                self._bury(self._records[victim])
+            if record.name not in admission.kept:
                 self._bury(record)
 
     def _give_up(self, segment: Segment) -> None:
@@ -466,19 +435,3 @@ class DiskStore:
 
 def _dead_bytes(segment: Segment) -> int:
     return max(0, segment.file_bytes - segment.live_bytes - HEAD.size)
-
-
-def _remove(folder: Path, number: int) -> None:
-    for suffix in SUFFIXES:
-        (folder / f"{number:08d}{suffix}").unlink(missing_ok=True)
-
-
-def _locked(folder: Path) -> int:
-    """A descriptor that holds the folder's lock. Raises DiskError: another process has it."""
-    fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise DiskError(f"another process uses {folder}: give each agent a folder") from None
-    return fd

@@ -18,7 +18,7 @@ from mcp_vllm.codec.loss import rank
 from mcp_vllm.store.disk.batches import BATCH_BYTES
 from mcp_vllm.store.disk.entry import StoredFrame
 from mcp_vllm.store.disk.segment import Record
-from mcp_vllm.store.disk.store import DiskSize, DiskStore
+from mcp_vllm.store.disk.store import DiskSize, DiskStore, Use
 from mcp_vllm.store.ram import Chunk, ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,6 @@ logger = logging.getLogger(__name__)
 QUEUE_BYTES = 64 << 20
 # Uses of chains that wait to be told to the policy; more are forgotten.
 MAX_TOUCHES = 1000
-
-
-@dataclass(frozen=True)
-class _Touch:
-    names: Sequence[ChunkKey]
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class _Damaged:
     record: Record
 
 
-_Step = StoredFrame | _Touch | _Discard | _Damaged
+_Step = StoredFrame | Use | _Discard | _Damaged
 
 
 class DiskTier:
@@ -135,11 +130,11 @@ class DiskTier:
         self.queued_bytes += len(stored.frame)
         self._add(stored)
 
-    def touch(self, names: Sequence[ChunkKey]) -> None:
-        """The chunks of one chain, in chain order, were used."""
+    def touch(self, use: Use) -> None:
+        """A request used a chain."""
         if self._touches < MAX_TOUCHES:
             self._touches += 1
-            self._add(_Touch(names))
+            self._add(use)
 
     def discard(self, name: ChunkKey) -> None:
         """Forget the chunk, if present: from now on, and for good."""
@@ -232,8 +227,8 @@ class DiskTier:
 
     def _apply_step(self, step: _Step) -> None:
         match step:
-            case _Touch(names):
-                self._store.touch(names)
+            case Use():
+                self._store.touch(step)
             case _Discard(name):
                 self._store.discard(name)
             case _Damaged(record):
@@ -246,7 +241,7 @@ class DiskTier:
                     self.queued_bytes -= len(step.frame)
                     if self._waiting.get(step.name) is step:
                         del self._waiting[step.name]
-                case _Touch():
+                case Use():
                     self._touches -= 1
                 case _Discard(name):
                     self._doomed[name] -= 1

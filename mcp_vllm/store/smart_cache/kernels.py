@@ -16,6 +16,8 @@ def load_kernels() -> None:
         parent = chain[known - 1] if known else None
         cache.offer(chain[known:], [200] * len(chain[known:]), parent=parent)
         cache.access(chain, num_output_tokens=10, since_s=0.0)
+    cache.set_quota("tenant", 100)
+    cache.evict_of("tenant", 100)
     cache.evict(300)
     cache.insert(7, 100)
     cache.pin([7])

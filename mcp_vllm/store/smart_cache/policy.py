@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from mcp_vllm.errors import McpError
 from mcp_vllm.store.policy import Admission
 from mcp_vllm.store.smart_cache import explanation, layout, saved
 from mcp_vllm.store.smart_cache.admission import admit_chain, find_all, hold_block
-from mcp_vllm.store.smart_cache.eviction import make_room
+from mcp_vllm.store.smart_cache.eviction import make_room, make_tenant_room
 from mcp_vllm.store.smart_cache.layout import HELD, PROTECTED, State
 from mcp_vllm.store.smart_cache.results import Explanation, TurnEnd
 from mcp_vllm.store.smart_cache.tree import QUOTA, change_pins, release, resize
@@ -199,11 +200,17 @@ class SmartCache(Generic[Key]):
 
         None, and nothing has changed, when that cannot be done without `protected` or pinned ones.
         """
-        slots = self._held_slots(protected)
-        flags = self._state.records["flags"]
-        flags[slots] |= PROTECTED
-        num_victims = int(make_room(self._state, size_bytes, num_blocks, self._victims))
-        flags[slots] &= 0xFF ^ PROTECTED
+        with self._protecting(protected):
+            num_victims = int(make_room(self._state, size_bytes, num_blocks, self._victims))
+        return None if num_victims < 0 else self._take_victims(num_victims)
+
+    def evict_of(
+        self, tenant: str, size_bytes: int, *, protected: Iterable[Key] = ()
+    ) -> list[Key] | None:
+        """Make room for so many more bytes in a tenant's quota, by its own blocks; as `evict`."""
+        row = self._tenant(tenant)
+        with self._protecting(protected):
+            num_victims = int(make_tenant_room(self._state, row, size_bytes, self._victims))
         return None if num_victims < 0 else self._take_victims(num_victims)
 
     def insert(
@@ -306,6 +313,14 @@ class SmartCache(Generic[Key]):
         explanation.check(self._state)
         held = {slot for slot, key in enumerate(self._keys) if key is not None}
         assert held == set(np.flatnonzero(self._state.records["flags"] & HELD).tolist())
+
+    @contextmanager
+    def _protecting(self, keys: Iterable[Key]) -> Iterator[None]:
+        slots = self._held_slots(keys)
+        flags = self._state.records["flags"]
+        flags[slots] |= PROTECTED
+        yield
+        flags[slots] &= 0xFF ^ PROTECTED
 
     def _name(self, key: Key) -> np.uint64:
         return np.uint64(self._fingerprint(key))

@@ -49,7 +49,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def agent(agent_id: str = "one", store: RamStore | None = None) -> SimpleNamespace:
     """What an announcer needs of its context, and the store that its tiers are made of."""
-    store = RamStore(1 << 40) if store is None else store
+    store = RamStore(1 << 26) if store is None else store
     return SimpleNamespace(
         agent_id=agent_id,
         store=store,
@@ -133,7 +133,7 @@ STEP = st.one_of(
 
 
 async def walk(steps, log_bytes: int) -> None:
-    store = RamStore(1 << 40)
+    store = RamStore(1 << 26)
     sender = Announcer(agent(store=store), log_bytes)
     sender.start()
     reader = Reader(sender)
@@ -156,7 +156,7 @@ async def walk(steps, log_bytes: int) -> None:
             case _:
                 await reader.cut()
                 sender.close()
-                store = store if what == "restart" else RamStore(1 << 40)
+                store = store if what == "restart" else RamStore(1 << 26)
                 sender = Announcer(agent(f"life {position}", store), log_bytes)
                 sender.start()
                 reader.sender = sender
@@ -229,7 +229,7 @@ async def test_a_commit_of_many_chunks_is_one_message_and_a_great_many_are_sever
 
 
 async def test_a_large_store_is_told_in_slices_of_bounded_size() -> None:
-    store, one = RamStore(1 << 40), chunk()
+    store, one = RamStore(1 << 26), chunk()
     for number in range(3 * MAX_HASHES + 5):
         store.put(name(number), one)
     _, reader = await synced(store)
@@ -239,7 +239,7 @@ async def test_a_large_store_is_told_in_slices_of_bounded_size() -> None:
 
 
 async def test_what_has_lost_detail_is_found_by_those_who_accept_it_only() -> None:
-    store = RamStore(1 << 40)
+    store = RamStore(1 << 26)
     for number, loss in enumerate(LOSSES):
         store.put(name(number), chunk(loss))
     _, reader = await synced(store)
@@ -258,7 +258,7 @@ async def test_what_has_lost_detail_is_found_by_those_who_accept_it_only() -> No
 
 
 async def test_tenants_chunks_are_found_by_their_own_hash_and_by_who_has_the_key() -> None:
-    store, key = RamStore(1 << 40), b"the same key"
+    store, key = RamStore(1 << 26), b"the same key"
     for tenant in ("acme", "plain"):
         store.put(ChunkKey(NAMESPACES[0], key, tenant), chunk("balanced"))
     _, reader = await synced(store)

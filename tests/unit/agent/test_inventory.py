@@ -55,7 +55,7 @@ async def test_the_mirror_follows_commits_evictions_and_discards() -> None:
 
 
 async def test_a_large_store_is_told_in_slices() -> None:
-    store, mirror = RamStore(budget_bytes=1 << 40), Mirror()
+    store, mirror = RamStore(budget_bytes=1 << 26), Mirror()
     one = chunk()
     for number in range(SLICE_KEYS + 1):
         store.put(name(number), one)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mcp_vllm.codec import ChunkLayout
-from mcp_vllm.store.disk import DiskError, DiskStore, StoredFrame
+from mcp_vllm.store.disk import DiskError, DiskStore, StoredFrame, Use
 from mcp_vllm.store.disk.segment import Segment
 from mcp_vllm.store.ram import ChunkKey
 
@@ -59,7 +59,7 @@ def test_the_oldest_leave_and_parents_after_their_children(tmp_path: Path) -> No
     store = opened(tmp_path)
     chain = [name_of(number) for number in range(6)]
     store.write([stored(number) for number in range(6)])
-    store.touch(chain)
+    store.touch(Use(chain))
     left: list[ChunkKey] = []
     store.watchers.append(lambda name, present: None if present else left.append(name))
     store.write([stored(number) for number in range(100, 180)])
@@ -144,7 +144,7 @@ def test_the_budget_holds_in_every_write_of_a_rewrite_too(
     store = opened(tmp_path)
     for number in range(400):
         store.write([stored(number, 900)])
-        store.touch([name_of(kept) for kept in range(0, 60, 5)])
+        store.touch(Use([name_of(kept) for kept in range(0, 60, 5)]))
     assert store.compactions > 10
     assert BUDGET - 3 * SEGMENT < most[0] <= BUDGET
     store.check_integrity()
@@ -210,7 +210,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(st.integers(0, 40), max_size=8, unique=True))
     def touch(self, numbers: list[int]) -> None:
-        self.store.touch([name_of(number) for number in numbers])
+        self.store.touch(Use([name_of(number) for number in numbers]))
 
     @rule()
     def compact(self) -> None:

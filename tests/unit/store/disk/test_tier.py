@@ -108,6 +108,8 @@ async def test_watchers_know_what_is_in_any_tier(tmp_path: Path) -> None:
         await until(lambda: disk.queued_bytes == 0, "the end of the batch")
         assert known == set(tiers) == {name_of(number) for number in range(40)}
         assert len(ram) < 10
+        for _ in range(3):
+            tiers.touch([name_of(0)])
         assert await tiers.get(name_of(0)) is ram.get(name_of(0)) is not None
         tiers.discard(name_of(0))
         assert known == set(tiers)
