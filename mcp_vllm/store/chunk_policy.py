@@ -99,8 +99,16 @@ class ChunkPolicy(SmartCache["ChunkKey"]):
     def admit(self, name: ChunkKey, size_bytes: int) -> Admission[ChunkKey]:
         """Offer one chunk: it is kept if it is worth more than what had to leave for it."""
         self._learn_quota(name.tenant)
+        self.begin_to_age(name)
         saved_ms = self._saved_ms_of(name)
         return self.offer([name], [size_bytes], [saved_ms], tenant=name.tenant)
+
+    def begin_to_age(self, name: ChunkKey) -> None:
+        """Of a chunk that no request was known to use, count its coming as a use: else it would
+        stay as young as on its first day."""
+        slot = self._slot(name)
+        if slot < 0 or not self._state.records["uses"][slot]:
+            self.access([name])
 
     def hold(self, name: ChunkKey, size_bytes: int) -> None:
         """Hold a chunk for which there is room, in the budget and in its tenant's quota."""

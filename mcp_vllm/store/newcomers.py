@@ -32,7 +32,7 @@ class Newcomers:
         self._sizes[name] = held_bytes
         self._bytes += held_bytes
         while self._bytes > MAX_SHARE * self._policy.budget_bytes:
-            self.settle([next(iter(self._sizes))])
+            self._judge([next(iter(self._sizes))])
 
     def settle(self, names: Iterable[ChunkKey]) -> None:
         """Those of them that are newcomers are none any more."""
@@ -42,8 +42,14 @@ class Newcomers:
     def settle_all(self) -> bool:
         """None is a newcomer any more; whether there was one."""
         had_any = bool(self._sizes)
-        self.settle(list(self._sizes))
+        self._judge(list(self._sizes))
         return had_any
+
+    def _judge(self, names: list[ChunkKey]) -> None:
+        """Their request has not said a word, and they are judged all the same."""
+        for name in names:
+            self._policy.begin_to_age(name)
+        self.settle(names)
 
     def forget(self, name: ChunkKey) -> bool:
         """It has left, and its pin with it; whether it was a newcomer."""
