@@ -27,6 +27,7 @@ import msgspec
 
 from mcp_vllm.errors import McpError
 from mcp_vllm.session.api import (
+    BLOCK_CACHE,
     DrainStep,
     Failure,
     ForkRequest,
@@ -36,6 +37,7 @@ from mcp_vllm.session.api import (
     Transfer,
     TransferRequest,
 )
+from mcp_vllm.session.cache_api import CacheView
 from mcp_vllm.session.manifest import DEFAULT_TENANT
 
 DEFAULT_URL = "http://127.0.0.1:7077"
@@ -94,6 +96,13 @@ class _Calls:
     def session(self, session_id: str) -> _Call[SessionSummary]:
         return _Call("GET", self.path(session_id), SessionSummary)
 
+    def explain_session(self, session_id: str) -> _Call[CacheView]:
+        return _Call("GET", self.path(session_id, "/cache"), CacheView)
+
+    def explain_block(self, key: str) -> _Call[CacheView]:
+        names = {"tenant": quote(self._tenant, safe=""), "key": quote(key, safe="")}
+        return _Call("GET", BLOCK_CACHE.format(**names), CacheView)
+
     def delete(self, session_id: str) -> _Call[None]:
         return _Call("DELETE", self.path(session_id), type(None))
 
@@ -149,6 +158,14 @@ class MCPClient:
 
     def session(self, session_id: str) -> SessionSummary:
         return self._run(self._calls.session(session_id))
+
+    def explain_session(self, session_id: str) -> CacheView:
+        """Why the session's blocks are kept, or are not."""
+        return self._run(self._calls.explain_session(session_id))
+
+    def explain_block(self, key: str) -> CacheView:
+        """The same of the block with that key, in hexadecimal."""
+        return self._run(self._calls.explain_block(key))
 
     def delete(self, session_id: str) -> None:
         self._run(self._calls.delete(session_id))
@@ -246,6 +263,12 @@ class AsyncMCPClient:
 
     async def session(self, session_id: str) -> SessionSummary:
         return await self._run(self._calls.session(session_id))
+
+    async def explain_session(self, session_id: str) -> CacheView:
+        return await self._run(self._calls.explain_session(session_id))
+
+    async def explain_block(self, key: str) -> CacheView:
+        return await self._run(self._calls.explain_block(key))
 
     async def delete(self, session_id: str) -> None:
         await self._run(self._calls.delete(session_id))

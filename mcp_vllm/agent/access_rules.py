@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcp_vllm.security.principal import ADMIN, BLOCKS_READ, SESSIONS_READ, SESSIONS_WRITE
-from mcp_vllm.session.api import ONE
+from mcp_vllm.session.api import BLOCK_CACHE, ONE, SESSION_CACHE
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ RULES: dict[tuple[str, str], Rule] = {
         ("POST", f"{ONE}/{operation}"): _WRITE_SESSION
         for operation in ("copy", "move", "prefetch", "fork", "pin", "unpin", "park", "wake")
     },
+    ("GET", SESSION_CACHE): Rule(ADMIN),
+    ("GET", BLOCK_CACHE): Rule(ADMIN),
     ("POST", "/v1/drain"): Rule(ADMIN, "session", all_tenants=True),
 }
 WITHOUT_RULE = Rule(ADMIN)

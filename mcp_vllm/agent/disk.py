@@ -20,17 +20,23 @@ from mcp_vllm.store.disk import DiskError, DiskStore, DiskTier
 logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "sessions.journal"
-# Of agent.disk.bytes, for the sessions, and for what the policies learned.
+# Of agent.disk.bytes, for the sessions.
 JOURNAL_SHARE = 16
-POLICIES_SHARE = 16
+# And for what a policy learned: its file, and the one that is to replace it.
+POLICY_SHARE = 64
+MIN_POLICY_BYTES = 2 << 20
+NUM_POLICY_FILES = 4
 
 
 def policy_file(config: DiskConfig, tier: str) -> PolicyFile | None:
-    """Where that tier's policy is kept; both together, while they are replaced, take no more than
-    their share."""
+    """Where that tier's policy is kept; None: nowhere."""
     if config.path is None:
         return None
-    return PolicyFile(config.path / f"{tier}.policy", config.bytes // POLICIES_SHARE // 4)
+    return PolicyFile(config.path / f"{tier}.policy", _policy_bytes(config))
+
+
+def _policy_bytes(config: DiskConfig) -> int:
+    return max(config.bytes // POLICY_SHARE, MIN_POLICY_BYTES)
 
 
 def open_disk(config: DiskConfig, tenants: TenantsConfig, saved_ms_of: SavedMs) -> DiskTier | None:
@@ -47,7 +53,7 @@ def open_disk(config: DiskConfig, tenants: TenantsConfig, saved_ms_of: SavedMs) 
             file=policy_file(config, "disk"),
         )
 
-    others = config.bytes // JOURNAL_SHARE + config.bytes // POLICIES_SHARE
+    others = config.bytes // JOURNAL_SHARE + NUM_POLICY_FILES * _policy_bytes(config)
     try:
         return DiskTier(DiskStore(config.path, config.bytes - others, policy=policy))
     except DiskError as error:

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Middleware
 
 from mcp_vllm import __version__
 from mcp_vllm.agent import peer_report, wire
+from mcp_vllm.agent.cache_http import CacheHttp
 from mcp_vllm.agent.chains import by_group
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_http import DirectoryHttp
@@ -64,6 +65,7 @@ class HttpApi:
         self._context = context
         self._peers = peers
         self._sessions = SessionsHttp(context, sessions)
+        self._cache = CacheHttp(context, sessions)
         self._encoder = encoder
         self._directory = DirectoryHttp(context)
 
@@ -83,6 +85,7 @@ class HttpApi:
                 web.post("/v1/blocks/fetch", self._fetch),
                 *self._directory.routes(),
                 *self._sessions.routes(),
+                *self._cache.routes(),
             ]
         )
         app.on_shutdown.append(self._directory.end)

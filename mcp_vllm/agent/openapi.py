@@ -14,6 +14,7 @@ from mcp_vllm import __version__
 from mcp_vllm.agent.peer_report import PeersReport
 from mcp_vllm.session import api
 from mcp_vllm.session.api import ONE
+from mcp_vllm.session.cache_api import CacheView
 
 JSON = "application/json"
 
@@ -65,6 +66,8 @@ OPERATIONS = (
         "POST", "/v1/drain", "Move every session to the peers; a `DrainStep` a line.",
         "application/x-ndjson",
     ),
+    Operation("GET", api.SESSION_CACHE, "Why its blocks are kept, or are not.", CacheView),
+    Operation("GET", api.BLOCK_CACHE, "The same of one block, by its key.", CacheView),
     Operation("GET", "/v1/peers", "The peers as this agent sees them.", PeersReport),
 )  # fmt: skip
 

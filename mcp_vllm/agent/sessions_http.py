@@ -96,7 +96,7 @@ class SessionsHttp:
     async def _import(self, request: web.Request) -> web.Response:
         owner = None
         if {"tenant", "session_id"} <= set(request.query):
-            owner = _checked(request.query["tenant"], request.query["session_id"])
+            owner = checked_key(request.query["tenant"], request.query["session_id"])
             note_session(owner)
         pieces = aiter(request.content.iter_any())
         tenant = present_principal().tenant
@@ -191,10 +191,11 @@ async def session_errors(request: web.Request, handler):  # type: ignore[no-unty
 
 def _key(request: web.Request) -> SessionKey:
     names = request.match_info
-    return visible(_checked(names["tenant"], names["session_id"]))
+    return visible(checked_key(names["tenant"], names["session_id"]))
 
 
-def _checked(tenant: str, session_id: str) -> SessionKey:
+def checked_key(tenant: str, session_id: str) -> SessionKey:
+    """A session as a request names it. Raises SessionError."""
     try:
         return SessionKey(checked_name("tenant", tenant), checked_name("session id", session_id))
     except SessionNameError as error:

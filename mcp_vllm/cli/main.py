@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": Command("mcp_vllm.cli.plan", "Where to split a model, and whether it pays."),
     "doctor": Command("mcp_vllm.cli.doctor", "Say what would stop it from working here."),
     "sessions": Command("mcp_vllm.cli.sessions", "List, move, fork, pin, park, export sessions."),
+    "cache": Command("mcp_vllm.cli.cache", "Say why blocks are kept, or are not."),
     "peers": Command("mcp_vllm.cli.peers", "Show the peers, their links and codecs."),
     "codec": Command("mcp_vllm.cli.codec", "Calibrate lossy codecs for a model."),
     "bench": Command("mcp_vllm.cli.bench", "Measure what a lossy codec costs your model."),

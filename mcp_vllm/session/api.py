@@ -11,6 +11,9 @@ from mcp_vllm.session.manifest import MAX_NAME_CHARS
 MAX_TTL_S = 365 * 24 * 3600.0
 # The route of one session.
 ONE = "/v1/sessions/{tenant}/{session_id}"
+# Why blocks are kept.
+SESSION_CACHE = f"{ONE}/cache"
+BLOCK_CACHE = "/v1/blocks/{tenant}/{key}/cache"
 ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]

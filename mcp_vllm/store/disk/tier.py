@@ -20,6 +20,7 @@ from mcp_vllm.store.disk.entry import StoredFrame
 from mcp_vllm.store.disk.segment import Record
 from mcp_vllm.store.disk.store import DiskSize, DiskStore, Use
 from mcp_vllm.store.ram import Chunk, ChunkKey
+from mcp_vllm.store.smart_cache import Explanation
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,14 @@ class DiskTier:
 
     def size(self) -> DiskSize:
         return self._store.size()
+
+    async def explain(self, names: Sequence[ChunkKey]) -> list[Explanation | None]:
+        """What the policy thinks of each, after all that was asked for before."""
+
+        def explained() -> list[Explanation | None]:
+            return [self._store.policy.explain(name) for name in names]
+
+        return await asyncio.get_running_loop().run_in_executor(self._write_pool, explained)
 
     @property
     def drops(self) -> dict[str, int]:

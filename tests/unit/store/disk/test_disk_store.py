@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mcp_vllm.codec import ChunkLayout
+from mcp_vllm.store.chunk_policy import ChunkPolicy
 from mcp_vllm.store.disk import DiskError, DiskStore, StoredFrame, Use
 from mcp_vllm.store.disk.segment import Segment
 from mcp_vllm.store.ram import ChunkKey
@@ -56,7 +57,11 @@ def test_neighbours_are_read_at_once_and_come_out_apart(tmp_path: Path) -> None:
 
 
 def test_the_oldest_leave_and_parents_after_their_children(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+    hours = iter(range(10_000))
+    clock = lambda: 3600.0 * next(hours)  # noqa: E731
+    store = DiskStore(
+        tmp_path, BUDGET, segment_bytes=SEGMENT, policy=lambda size: ChunkPolicy(size, clock=clock)
+    )
     chain = [name_of(number) for number in range(6)]
     store.write([stored(number) for number in range(6)])
     store.touch(Use(chain))
