@@ -82,4 +82,4 @@ class CacheHttp:
 
 
 def _view(explanation: Explanation | None) -> TierView | None:
-    return explanation and TierView(**dataclasses.asdict(explanation))
+    return TierView(**dataclasses.asdict(explanation)) if explanation is not None else None
