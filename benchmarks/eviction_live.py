@@ -102,7 +102,7 @@ def measure(model: Path, load: ChatLoad, num_chunks: int, logs: Path) -> dict[st
     with (
         start(model, "lru", num_chunks, logs) as lru,
         start(model, "smart", num_chunks, logs) as smart,
-        httpx.Client(timeout=120) as client,
+        httpx.Client(timeout=600) as client,
         Progress(transient=True) as progress,
     ):
         engines = {"lru": lru, "smart": smart}
