@@ -32,6 +32,7 @@ from mcp_vllm.config import Address, AgentConfig, Config
 from mcp_vllm.errors import McpError
 from mcp_vllm.link.supervisor import READY_LINE
 from mcp_vllm.session.manifest import SessionKey
+from mcp_vllm.store.smart_cache import load_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Agent:
         """
         # Codec threads give way to the event loop sooner than after 5 ms: a lookup has 40.
         sys.setswitchinterval(0.0005)
+        load_kernels()  # from the installation's cache: nothing that is served waits for it
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
