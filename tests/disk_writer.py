@@ -33,16 +33,24 @@ def write_until_killed(folder: str, seed: int, first: int, calls_left: int, ack_
     if calls_left:
         _die_in_call(calls_left, choose)
     os.write(ack_fd, ACK.pack(READY, 0))
-    number = first
+    number, told = first, []
     while True:
         batch = [
             stored(number + i, choose.randrange(1, 8000)) for i in range(choose.randrange(1, 9))
         ]
         number += len(batch)
         store.write(batch)
-        os.write(ack_fd, ACK.pack(STORED, number - 1))
+        kept = [each.name for each in batch if store.find(each.name) is not None]
+        if kept:
+            # Until the next is told, it is not for the policy to let this one go.
+            store.policy.pin(kept[-1:])
+            os.write(ack_fd, ACK.pack(STORED, int.from_bytes(kept[-1].key, "big")))
+            store.policy.unpin(told)
+            told = kept[-1:]
         if number - first > 100:
             victim = choose.randrange(first, number - 50)
+            if name_of(victim) in told:
+                continue
             store.discard(name_of(victim))
             os.write(ack_fd, ACK.pack(DISCARDED, victim))
         if choose.random() < 0.05:
