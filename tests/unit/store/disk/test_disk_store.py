@@ -67,9 +67,9 @@ def test_the_oldest_leave_and_parents_after_their_children(tmp_path: Path) -> No
     store.touch(Use(chain))
     left: list[ChunkKey] = []
     store.watchers.append(lambda name, present: None if present else left.append(name))
-    store.write([stored(number) for number in range(100, 180)])
+    store.write([stored(number) for number in range(100, 400)])
     assert [name for name in left if name in chain] == chain[::-1]
-    assert name_of(179) in set(store)
+    assert name_of(399) in set(store)
     store.check_integrity()
 
 
