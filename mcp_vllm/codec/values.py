@@ -64,19 +64,25 @@ def gather(elements: NDArray[Any], layout: KVLayout) -> NDArray[Any]:
     """Elements [token, channel] of a chunk's flat elements."""
     rows = np.empty((layout.num_tokens, layout.num_channels), elements.dtype)
     for plane in layout.planes:
-        _of_plane(rows, plane, layout)[...] = plane.of(elements).transpose(1, 0, 2)
+        _of_plane(rows, plane, layout)[...] = _tokens_first(plane.of(elements))
     return rows
 
 
 def scatter(rows: NDArray[Any], elements: NDArray[Any], layout: KVLayout) -> None:
     """The inverse of gather."""
     for plane in layout.planes:
-        plane.of(elements)[...] = _of_plane(rows, plane, layout).transpose(1, 0, 2)
+        _tokens_first(plane.of(elements))[...] = _of_plane(rows, plane, layout)
 
 
 def _of_plane(rows: NDArray[Any], plane: Plane, layout: KVLayout) -> NDArray[Any]:
-    """The part of rows [token, channel] that a plane holds, as [token, head, channel]."""
+    """The part of rows [token, channel] that a plane holds, as _tokens_first of its own view."""
     start = layout.columns[Source(plane.layer, plane.kind, 0)].start
     past = start + plane.num_heads * plane.head_dim
     tokens = rows[plane.first_token : plane.first_token + plane.num_tokens, start:past]
-    return tokens.reshape(plane.num_tokens, plane.num_heads, plane.head_dim)
+    num_heads, *of_tokens, channel_groups, channels = plane.grouped_shape
+    return tokens.reshape(*of_tokens, num_heads, channel_groups, channels)
+
+
+def _tokens_first(of_plane: NDArray[Any]) -> NDArray[Any]:
+    """Token group, token in it, head, channel group, channel in it; of Plane.of."""
+    return of_plane.transpose(1, 2, 0, 3, 4)

@@ -11,7 +11,7 @@ from mcp_vllm.codec.planes import Source
 from mcp_vllm.codec.values import from_float32, scatter
 
 LAYERS, HEADS, DIM = (0, 3), 2, 16
-TOKENS = 24
+TOKENS = 32
 DTYPES = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
 
 
@@ -32,6 +32,7 @@ ARRANGEMENTS = {
     "head, token, K then V": planes.head_major(LAYERS, 1, TOKENS, HEADS, DIM),
     "pages of 8 tokens": planes.token_major(LAYERS, TOKENS // 8, 8, HEADS, DIM),
     "K transposed": planes.channel_major_keys(LAYERS, 1, TOKENS, HEADS, DIM),
+    "packed for matrix tiles": planes.matrix_tiles(LAYERS, 1, TOKENS, HEADS, DIM),
     "mixed": mixed_axes(),
 }
 
