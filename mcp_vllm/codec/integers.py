@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 LOW_VALUES = 16
 _HALF = 8
 _LARGEST_ESCAPE = 32767
-_NARROW = -1
+# Streams of fewer symbols are so short that the states would show in the ratio.
+_MANY_LANES_FROM = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ def _to_values(
     return position == escapes.size
 
 
+def _num_lanes(num_symbols: int) -> int:
+    return rans.MANY_LANES if num_symbols >= _MANY_LANES_FROM else rans.FEW_LANES
+
+
 def encode(values: Float32s, columns: Columns) -> tuple[bytes, bytes] | None:
     """The stream and the escapes of values [row, column], rounded to integers.
 
@@ -124,18 +129,21 @@ def encode(values: Float32s, columns: Columns) -> tuple[bytes, bytes] | None:
         return None
     words = np.empty(rans.most_words(symbols.size), np.uint16)
     classes = columns.classes_of(len(values))
-    start = rans.encode(symbols.ravel(), classes, columns.tables.frequencies, words)
+    start = rans.encode(
+        symbols.ravel(), classes, columns.tables.frequencies, _num_lanes(symbols.size), words
+    )
     return words[start:].tobytes(), escapes[:num_escapes].tobytes()
 
 
 def decode(stream: memoryview, escapes: memoryview, num_rows: int, columns: Columns) -> Float32s:
     """Float32 [row, column]; FrameError when the stream is not one of so many rows."""
-    if len(stream) < rans.STATES_SIZE_BYTES or len(stream) % 2 or len(escapes) % 2:
+    if len(stream) % 2 or len(escapes) % 2:
         raise FrameError("lossy part holds no whole rANS stream")
     symbols = np.empty((num_rows, len(columns.classes)), np.uint8)
     classes = columns.classes_of(num_rows)
     words = np.require(np.frombuffer(stream, np.uint16), requirements="A")
-    if not rans.decode(words, classes, columns.decoding_table, symbols.ravel()):
+    num_lanes = _num_lanes(symbols.size)
+    if not rans.Decoder(words, classes, columns.decoding_table, num_lanes).rest(symbols.ravel()):
         raise FrameError("lossy part holds a damaged rANS stream")
     values = np.empty((num_rows, len(columns.lows)), np.float32)
     high = np.require(np.frombuffer(escapes, np.int16), requirements="A")
