@@ -107,12 +107,12 @@ def curve(layers: list[Layer], variant: Variant) -> list[tuple[float, float]]:
             slopes = weighted(gradients[:split], variant.weights)
             source = (Source(0, "k", 0),)
             band, _ = fit_band(source, values[:split], slopes, NO_FREQUENCIES)
-            exact = to_coefficients(values[split:], band.mean, band.analysis)
+            exact = to_coefficients(values[split:], band, len(band.deviation))
             num_values += values[split:].size
             for index, step in enumerate(STEPS):
                 integers = np.rint(exact / np.float32(step))
                 bits[index] += entropy_bits(integers)
-                restored = to_values(integers * np.float32(step), band.mean, band.synthesis)
+                restored = to_values(integers * np.float32(step), band)
                 error = restored - values[split:]
                 harm[index] = harm[index] + (error * gradients[split:]).sum(axis=1)
     return [(16 * num_values / b, float((h**2).mean())) for b, h in zip(bits, harm, strict=True)]

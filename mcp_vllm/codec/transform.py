@@ -20,6 +20,7 @@ from mcp_vllm.codec import integers, rotation, tables
 from mcp_vllm.codec.calibration import FINGERPRINT_SIZE, Band, Calibration
 from mcp_vllm.codec.errors import CodecError, FrameError
 from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS, LossyCodec
+from mcp_vllm.codec.multiply import product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,14 +44,23 @@ _FIRST_WIDE_CLASS = 13
 _MAX_PLANS = 64
 
 
-def to_coefficients(values: Any, mean: Any, analysis: Any) -> Any:
-    """[token, channel] to [token, coefficient] in steps; numpy arrays or torch tensors alike."""
-    return (values - mean) @ analysis
+def to_coefficients(values: Any, band: Band, num_kept: int) -> Any:
+    """[token, channel] to [token, coefficient], the first ones; of numpy arrays or torch tensors."""
+    if isinstance(values, np.ndarray):
+        return product(values, band.analysis, num_kept, band.mean)
+    mean, analysis = (values.new_tensor(array) for array in (band.mean, band.analysis))
+    return (values - mean) @ analysis[:, :num_kept]
 
 
-def to_values(coefficients: Any, mean: Any, synthesis: Any) -> Any:
+def to_values(coefficients: Any, band: Band) -> Any:
     """The inverse of to_coefficients, as far as coefficients were kept."""
-    return coefficients @ synthesis + mean
+    num_kept = coefficients.shape[1]
+    if isinstance(coefficients, np.ndarray):
+        values = product(coefficients, band.synthesis[:num_kept], len(band.mean))
+        values += band.mean
+        return values
+    mean, synthesis = (coefficients.new_tensor(array) for array in (band.mean, band.synthesis))
+    return coefficients @ synthesis[:num_kept] + mean
 
 
 @dataclass(frozen=True)
@@ -184,8 +194,7 @@ def _coefficients(values: Float32s, plan: _Plan, first_token: int, step: float) 
         _turn_keys(values, plan, first_token, backwards=True)
         for each in plan.bands:
             of_band = _concatenated(values, each.spans)
-            analysis = each.band.analysis[:, : each.num_kept]
-            coefficients[:, each.kept] = to_coefficients(of_band, each.band.mean, analysis)
+            coefficients[:, each.kept] = to_coefficients(of_band, each.band, each.num_kept)
         coefficients *= np.float32(1.0 / step)
     return coefficients
 
@@ -203,8 +212,7 @@ def _values(
     steps *= np.float32(step)
     values = np.empty((len(steps), num_channels), np.float32)
     for each in plan.bands:
-        synthesis = each.band.synthesis[: each.num_kept]
-        of_band = to_values(steps[:, each.kept], each.band.mean, synthesis)
+        of_band = to_values(steps[:, each.kept], each.band)
         start = 0
         for span in each.spans:
             width = span.stop - span.start
