@@ -45,7 +45,7 @@ _MAX_PLANS = 64
 
 
 def to_coefficients(values: Any, band: Band, num_kept: int) -> Any:
-    """[token, channel] to [token, coefficient], the first ones; of numpy arrays or torch tensors."""
+    """[token, channel] to the first coefficients, [token, coefficient]; of arrays or tensors."""
     if isinstance(values, np.ndarray):
         return product(values, band.analysis, num_kept, band.mean)
     mean, analysis = (values.new_tensor(array) for array in (band.mean, band.analysis))
