@@ -17,7 +17,7 @@ import torch
 
 from mcp_vllm.codec import rotation
 from mcp_vllm.codec.fit import fit_band
-from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS
+from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
 from mcp_vllm.codec.planes import Source
 from mcp_vllm.codec.transform import to_coefficients, to_values
 from mcp_vllm.quality.calibrate import (

@@ -25,7 +25,7 @@ LOW_VALUES = 16
 _HALF = 8
 _LARGEST_ESCAPE = 32767
 # Streams of fewer symbols are so short that the states would show in the ratio.
-_MANY_LANES_FROM = 1 << 18
+MANY_LANES_FROM = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _to_values(
 
 
 def _num_lanes(num_symbols: int) -> int:
-    return rans.MANY_LANES if num_symbols >= _MANY_LANES_FROM else rans.FEW_LANES
+    return rans.MANY_LANES if num_symbols >= MANY_LANES_FROM else rans.FEW_LANES
 
 
 def encode(values: Float32s, columns: Columns) -> tuple[bytes, bytes] | None:

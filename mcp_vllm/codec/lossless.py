@@ -10,7 +10,7 @@ class gets a static rANS table (rans.py). Parts of an encoded chunk:
 1. uint32 size of the head, then the head compressed by zstandard: uint32 channels; uint8 number of
    classes; uint8 first and last symbol that occur; the grid of each unit (uint8); the class of each
    cell (uint8); per class the frequencies from the first symbol to the last (uint16)
-2. rANS (rans.py), with many lanes from _MANY_LANES_FROM symbols on
+2. rANS (rans.py), with many lanes from MANY_LANES_FROM symbols on
 3. a part for each residual byte of the element, lowest first: stored, or zstandard if smaller
 4. the bytes after the last whole element, if any
 
@@ -51,7 +51,7 @@ MAX_CLASSES = 16
 MIN_SYMBOLS = 1024
 SYMBOLS_PER_CLASS = 1024
 # Below this, so many states would weigh more than speed is worth.
-_MANY_LANES_FROM = 1 << 15
+MANY_LANES_FROM = 1 << 15
 # Symbols further below the largest of their cell count as this far below when cells are compared.
 TRIM_BINADES = 3
 # How much the symbol of a value grows when the value doubles; f8 is taken as e4m3.
@@ -301,7 +301,7 @@ def _has_symbols(layout: ChunkLayout, num_symbols: int) -> bool:
 
 
 def _num_lanes(num_symbols: int) -> int:
-    return rans.MANY_LANES if num_symbols >= _MANY_LANES_FROM else rans.FEW_LANES
+    return rans.MANY_LANES if num_symbols >= MANY_LANES_FROM else rans.FEW_LANES
 
 
 def _looks_random(plane: UInt8s) -> bool:

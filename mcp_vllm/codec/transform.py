@@ -19,7 +19,8 @@ import numpy as np
 from mcp_vllm.codec import integers, rotation, tables
 from mcp_vllm.codec.calibration import FINGERPRINT_SIZE, Band, Calibration
 from mcp_vllm.codec.errors import CodecError, FrameError
-from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS, LossyCodec
+from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
+from mcp_vllm.codec.lossy import LossyCodec
 from mcp_vllm.codec.multiply import product
 
 if TYPE_CHECKING:

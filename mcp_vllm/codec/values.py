@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # bf16 has no numpy dtype of its own.
 _DTYPES: dict[Element, Any] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
-FLOAT_ELEMENTS = tuple(_DTYPES)
 
 
 def elements_of(chunk: memoryview, element: Element) -> NDArray[Any]:

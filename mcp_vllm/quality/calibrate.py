@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from mcp_vllm.codec import rotation
 from mcp_vllm.codec.calibration import Calibration
 from mcp_vllm.codec.fit import fit_band, tail_of
-from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS
+from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
 from mcp_vllm.codec.planes import Source
 from mcp_vllm.quality.model import Model, UnusableModel, windows
 
