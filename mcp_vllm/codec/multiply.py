@@ -10,6 +10,7 @@ from mcp_vllm.codec.kernel import Float32s, kernel
 
 _ROWS = 4
 _TERMS = 4
+_ZERO = np.float32(0)
 
 
 @kernel(
@@ -33,6 +34,27 @@ def _add_products(rows: Float32s, matrix: Float32s, out: Float32s) -> None:
             a1, b1, c1, d1 = row1[term], row1[term + 1], row1[term + 2], row1[term + 3]
             a2, b2, c2, d2 = row2[term], row2[term + 1], row2[term + 2], row2[term + 3]
             a3, b3, c3, d3 = row3[term], row3[term + 1], row3[term + 2], row3[term + 3]
+            # Of coefficients that were rounded, most are zero.
+            largest = max(
+                abs(a0),
+                abs(b0),
+                abs(c0),
+                abs(d0),
+                abs(a1),
+                abs(b1),
+                abs(c1),
+                abs(d1),
+                abs(a2),
+                abs(b2),
+                abs(c2),
+                abs(d2),
+                abs(a3),
+                abs(b3),
+                abs(c3),
+                abs(d3),
+            )
+            if largest == 0:
+                continue
             sum0, sum1, sum2, sum3 = out[row], out[row + 1], out[row + 2], out[row + 3]
             # Sixteen products for four loads and stores of sums.
             for column in range(num_columns):
@@ -49,10 +71,10 @@ def product(
     """(rows - offsets) @ matrix[:, :num_columns] of [row, term], [term, column] and [term]."""
     num_rows, num_terms = rows.shape
     whole_rows = -(-num_rows // _ROWS) * _ROWS
-    padded = np.zeros((whole_rows, num_terms), np.float32)
-    np.subtract(rows, np.float32(0) if offsets is None else offsets, out=padded[:num_rows])
+    factors = np.zeros((whole_rows, num_terms), np.float32)
+    np.subtract(rows, _ZERO if offsets is None else offsets, out=factors[:num_rows])
     out = np.zeros((whole_rows, num_columns), np.float32)
-    _add_products(padded, matrix, out)
+    _add_products(factors, matrix, out)
     if rest := num_terms % _TERMS:
-        out += padded[:, -rest:] @ matrix[-rest:, :num_columns]
+        out += factors[:, -rest:] @ matrix[-rest:, :num_columns]
     return out[:num_rows]

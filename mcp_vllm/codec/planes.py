@@ -71,23 +71,23 @@ class Plane:
     def num_elements(self) -> int:
         return self.num_heads * self.num_tokens * self.head_dim
 
-    @property
+    @cached_property
     def grouped_shape(self) -> tuple[int, int, int, int, int]:
         """Head, token group, token in it, channel group, channel in it."""
         token, channel = self.token_group.size, self.channel_group.size
         return self.num_heads, self.num_tokens // token, token, self.head_dim // channel, channel
 
-    @property
+    @cached_property
     def grouped_strides(self) -> tuple[int, int, int, int, int]:
         """Of grouped_shape, in elements."""
         head, tokens, channels = self.strides
         return head, tokens, self.token_group.stride, channels, self.channel_group.stride
 
     def of(self, elements: NDArray[Any]) -> NDArray[Any]:
-        """The view ``grouped_shape`` of this plane in a chunk's flat elements."""
-        byte_strides = [stride * elements.itemsize for stride in self.grouped_strides]
-        start = elements[self.offset :]
-        return np.lib.stride_tricks.as_strided(start, self.grouped_shape, byte_strides)
+        """The view ``grouped_shape`` of this plane in a chunk's flat, contiguous elements."""
+        size = elements.itemsize
+        strides = [stride * size for stride in self.grouped_strides]
+        return np.ndarray(self.grouped_shape, elements.dtype, elements, self.offset * size, strides)
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,17 @@ class KVLayout:
                 columns[Source(layer, kind, head)] = slice(start, start + plane.head_dim)
                 start += plane.head_dim
         return columns
+
+    @cached_property
+    def places(self) -> tuple[tuple[Plane, slice, slice], ...]:
+        """Each plane, and its tokens and channels in the chunk's values [token, channel]."""
+        placed = []
+        for plane in self.planes:
+            start = self.columns[Source(plane.layer, plane.kind, 0)].start
+            channels = slice(start, start + plane.num_heads * plane.head_dim)
+            tokens = slice(plane.first_token, plane.first_token + plane.num_tokens)
+            placed.append((plane, tokens, channels))
+        return tuple(placed)
 
     @cached_property
     def digest(self) -> bytes:
