@@ -1,9 +1,10 @@
 """The lossy tiers `balanced` and `small`: values decorrelated, quantised, entropy-coded.
 
-Head (lossy.py): the calibration's fingerprint (uint8[16]) and the step (float32). Parts: the rANS
-stream of the coefficients (integers.py), its escapes.
+Head (lossy.py): the calibration's fingerprint (uint8[16]) and the step (float32). Parts: a byte for
+each token and band, zstandard; the rANS stream of the coefficients (integers.py); its escapes.
 
-Which coefficients are kept, and their tables, follow from the calibration and the step alone.
+Which coefficients are kept, and their tables, follow from the calibration and the step alone. The
+byte moves a token's coefficients to the tables of values that spread more or less, by half octaves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mcp_vllm.codec import integers, rotation, tables
+from mcp_vllm.codec.byte_planes import compressor, decompress_exactly
 from mcp_vllm.codec.calibration import FINGERPRINT_SIZE, Band, Calibration
 from mcp_vllm.codec.errors import CodecError, FrameError
 from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
@@ -43,6 +45,10 @@ _NUM_CLASSES = 26
 # From this class on a byte is too small, and low bits are coded apart.
 _FIRST_WIDE_CLASS = 13
 _MAX_PLANS = 64
+# A magnitude is rounded up from 0.58 on: what is nearer to zero costs more bits than it saves harm.
+_ROUNDING = 0.42
+_MAX_SHIFT = 4
+_LEVEL = 1
 
 
 def to_coefficients(values: Any, band: Band, num_kept: int) -> Any:
@@ -87,8 +93,13 @@ class _BandPlan:
 
 @dataclass(frozen=True)
 class _Plan:
+    """``inverse_deviations`` float32 [kept coefficient], steps; ``starts``: each band's first."""
+
     bands: tuple[_BandPlan, ...]
     columns: integers.Columns
+    inverse_deviations: Float32s
+    starts: tuple[int, ...]
+    usual_magnitude: float
 
 
 @lru_cache(maxsize=_MAX_PLANS)
@@ -96,7 +107,7 @@ def _plan(calibration: Calibration, layout: KVLayout, step: float) -> _Plan:
     """CodecError when the calibration does not know the layout's heads."""
     columns = layout.columns
     bounds = np.array([_NARROWEST * step * spread for spread in _spreads()])
-    plans, classes, num_kept = [], [], 0
+    plans, classes, deviations, num_kept = [], [], [], 0
     for band in calibration.bands:
         if not all(source in columns for source in band.sources):
             continue
@@ -112,23 +123,56 @@ def _plan(calibration: Calibration, layout: KVLayout, step: float) -> _Plan:
         past = num_kept + int((of_band >= 0).sum())
         plans.append(_BandPlan(band, spans, keys, slice(num_kept, past)))
         classes.append(of_band[: past - num_kept])
+        deviations.append(band.deviation[: past - num_kept])
         num_kept = past
     missing = set(columns) - {source for plan in plans for source in plan.band.sources}
     if missing:
         raise CodecError(f"calibration {calibration} lacks {min(missing)} of this engine's layers")
-    return _Plan(tuple(plans), _columns(np.concatenate(classes), calibration))
+    # A band of which nothing is kept has no shift.
+    kept = [plan.kept for plan in plans if plan.num_kept]
+    groups = np.repeat(np.arange(len(kept)), [span.stop - span.start for span in kept])
+    points = Calibration.TAIL_REACH * (np.arange(len(calibration.tail) + 1) / 256.0) ** 2
+    return _Plan(
+        tuple(plans),
+        _columns(np.concatenate(classes), groups, calibration),
+        (step / np.concatenate(deviations)).astype(np.float32),
+        tuple(span.start for span in kept),
+        # The mean of magnitudes is the integral of their tail.
+        max(float((calibration.tail * np.diff(points)).sum()), 0.1),
+    )
 
 
-def _columns(classes: Any, calibration: Calibration) -> integers.Columns:
+def _columns(classes: Any, groups: Any, calibration: Calibration) -> integers.Columns:
     is_wide = classes >= _FIRST_WIDE_CLASS
     lows = np.where(is_wide, len(classes) + np.cumsum(is_wide) - 1, -1).astype(np.int64)
-    symbol_classes = np.append(classes, np.full(int(is_wide.sum()), _NUM_CLASSES))
+    of_lows = np.full(int(is_wide.sum()), _NUM_CLASSES)
+    symbol_classes = np.append(classes, of_lows)
+    first = np.append(np.where(is_wide, _FIRST_WIDE_CLASS, 0), of_lows)
+    last = np.append(np.where(is_wide, _NUM_CLASSES, _FIRST_WIDE_CLASS) - 1, of_lows)
     # A class is coded for its middle, in the logarithm.
     deviations = _NARROWEST * _spreads() * np.sqrt(np.sqrt(2.0))
     deviations[_FIRST_WIDE_CLASS:] /= integers.LOW_VALUES
-    of_classes = tables.of_tail(calibration.tail, Calibration.TAIL_REACH, deviations)
+    of_classes = tables.of_tail(calibration.tail, Calibration.TAIL_REACH, deviations, _ROUNDING)
     with_lows = tables.with_uniform(of_classes, integers.LOW_VALUES)
-    return integers.Columns(symbol_classes.astype(np.uint8), lows, with_lows)
+    moves = integers.Moves(
+        first.astype(np.uint8),
+        last.astype(np.uint8),
+        np.append(groups, groups[is_wide]).astype(np.int64),
+    )
+    return integers.Columns(symbol_classes.astype(np.uint8), lows, with_lows, moves)
+
+
+def _shifts(coefficients: Float32s, plan: _Plan) -> Any:
+    """int8 [token, band]: how many half octaves wider than usual a token's coefficients spread."""
+    if not plan.starts:
+        return np.zeros((len(coefficients), 0), np.int8)
+    counts = np.diff([*plan.starts, coefficients.shape[1]])
+    with np.errstate(over="ignore"):
+        spread = np.abs(coefficients) * plan.inverse_deviations
+        means = np.add.reduceat(spread, plan.starts, axis=1) / (plan.usual_magnitude * counts)
+    # NaN where a value is not finite, which is found when it is rounded.
+    octaves = np.log2(np.clip(np.nan_to_num(means), 1e-3, 1e3))
+    return np.clip(np.rint(2 * octaves), -_MAX_SHIFT, _MAX_SHIFT).astype(np.int8)
 
 
 def _spreads() -> Any:
@@ -145,7 +189,7 @@ class TransformCodec(LossyCodec):
         step: quantisation step, in the calibration's unit of harm; larger is smaller and worse.
     """
 
-    NUM_PARTS = 2
+    NUM_PARTS = 3
     default_step: ClassVar[float]
 
     def __init__(
@@ -166,8 +210,12 @@ class TransformCodec(LossyCodec):
     ) -> tuple[bytes, Sequence[Buffer]] | None:
         plan = _plan(self.calibration, kv, self.step)
         coefficients = _coefficients(values, plan, first_token, self.step)
-        coded = integers.encode(coefficients, plan.columns)
-        return coded and (_HEAD.pack(self.calibration.fingerprint, self.step), coded)
+        shifts = _shifts(coefficients, plan)
+        coded = integers.encode(coefficients, plan.columns, shifts, _ROUNDING)
+        if coded is None:
+            return None
+        side = compressor(_LEVEL).compress((shifts + _MAX_SHIFT).astype(np.uint8).T.tobytes())
+        return _HEAD.pack(self.calibration.fingerprint, self.step), [side, *coded]
 
     def decode_values(
         self, head: memoryview, parts: list[memoryview], kv: KVLayout, tokens: range
@@ -183,8 +231,18 @@ class TransformCodec(LossyCodec):
         if not _MIN_STEP <= step <= _MAX_STEP:
             raise FrameError(f"a {self.name} frame claims a step of {step}")
         plan = _plan(self.calibration, kv, step)
-        steps = integers.decode(parts[0], parts[1], len(tokens), plan.columns)
+        shifts = _unpacked_shifts(parts[0], len(plan.starts), len(tokens))
+        steps = integers.decode(parts[1], parts[2], len(tokens), plan.columns, shifts)
         return _values(steps, plan, tokens.start, step, kv.num_channels)
+
+
+def _unpacked_shifts(part: memoryview, num_bands: int, num_tokens: int) -> Any:
+    """int8 [token, band] of an untrusted part."""
+    unpacked = np.frombuffer(decompress_exactly(part, num_bands * num_tokens), np.uint8)
+    if unpacked.max(initial=0) > 2 * _MAX_SHIFT:
+        raise FrameError("a lossy part moves coefficients past the tables")
+    shifts = unpacked.reshape(num_bands, num_tokens).T.astype(np.int8) - np.int8(_MAX_SHIFT)
+    return np.ascontiguousarray(shifts)
 
 
 def _coefficients(values: Float32s, plan: _Plan, first_token: int, step: float) -> Float32s:

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lossy_kv import ARRANGEMENTS, DIM, DTYPES, HEADS, LAYERS, TOKENS, calibration, chunk, layout
+from lossy_kv import (
+    ARRANGEMENTS,
+    DIM,
+    DTYPES,
+    HEADS,
+    LAYERS,
+    TOKENS,
+    calibration,
+    chunk,
+    layout,
+    rows,
+)
 
 from mcp_vllm.codec import (
     ChunkLayout,
@@ -20,7 +31,10 @@ from mcp_vllm.codec import (
     planes,
     read_header,
 )
+from mcp_vllm.codec import transform as codec_transform
+from mcp_vllm.codec.byte_planes import compressor
 from mcp_vllm.codec.calibration import Calibration
+from mcp_vllm.codec.errors import FrameError
 from mcp_vllm.codec.values import gather, to_float32
 
 KEY = b"chunk"
@@ -245,3 +259,25 @@ def test_overlapping_planes_are_refused():
     first, second = planes.latent((0, 1), 1, 4, 8).planes
     with pytest.raises(CodecError, match="overlap"):
         KVLayout((first, dataclasses.replace(second, offset=0)))
+
+
+def test_tokens_that_spread_more_or_less_than_usual_cost_no_more_bits_than_they_must():
+    kv = ARRANGEMENTS["token, head, K then V"]
+    codec = get_codec("small", calibration=calibration(), step=0.05)
+    values = rows(TOKENS, 0)
+    mean = values.mean(axis=0)
+    wide = mean + (values - mean) * np.where(np.arange(TOKENS) % 2, 6, 1 / 6)[:, None]
+    sizes = []
+    for moves in (codec_transform._MAX_SHIFT, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(codec_transform, "_MAX_SHIFT", moves)
+            coded = codec.encode_values(wide.astype(np.float32), kv, 16)
+        sizes.append(sum(map(len, coded[1])))
+    assert sizes[0] < 0.9 * sizes[1]
+
+
+@pytest.mark.parametrize("moved", [2 * codec_transform._MAX_SHIFT + 1, 255])
+def test_a_move_past_the_tables_is_refused(moved):
+    part = memoryview(compressor(1).compress(bytes([0, 4, moved, 1])))
+    with pytest.raises(FrameError, match="past the tables"):
+        codec_transform._unpacked_shifts(part, 2, 2)
