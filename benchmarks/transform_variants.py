@@ -106,7 +106,8 @@ def curve(layers: list[Layer], variant: Variant) -> list[tuple[float, float]]:
             split = 2 * len(values) // 3
             slopes = weighted(gradients[:split], variant.weights)
             source = (Source(0, "k", 0),)
-            band, _ = fit_band(source, values[:split], slopes, NO_FREQUENCIES)
+            positions = layer.positions[:split]
+            band, _ = fit_band(source, values[:split], slopes, NO_FREQUENCIES, positions)
             exact = to_coefficients(values[split:], band, len(band.deviation))
             num_values += values[split:].size
             for index, step in enumerate(STEPS):

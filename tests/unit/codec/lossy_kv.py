@@ -69,7 +69,7 @@ def calibration(seed: int = 0) -> Calibration:
         values = np.concatenate([samples[:, kv.columns[source]] for source in sources], axis=1)
         gradients = np.random.default_rng(seed).normal(size=values.shape).astype(np.float32)
         frequencies = np.array([] if layer else [1.0, 0.1, 0.01], np.float32)
-        band, of_band = fit_band(sources, values, gradients, frequencies)
+        band, of_band = fit_band(sources, values, gradients, frequencies, np.arange(len(values)))
         made.append(band)
         coefficients.append(of_band)
     return Calibration(f"made up {seed}", tuple(made), tail_of(coefficients))
