@@ -3,15 +3,21 @@
 Each is a pair of functions over bytes; those of a library that is not installed are left out.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import numpy as np
 import zstandard
 
 from mcp_vllm.codec import ChunkLayout, Codec, decode_frame_into, encode_frame, get_codec
 from mcp_vllm.codec.calibration import Calibration
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 KEY = bytes(32)
 STEPS = ("small:0.014", "small:0.02", "small:0.03")
@@ -22,7 +28,7 @@ class Chunk(bytes):
 
     position: int
 
-    def __new__(cls, raw: bytes, position: int) -> "Chunk":
+    def __new__(cls, raw: bytes, position: int) -> Chunk:
         chunk = super().__new__(cls, raw)
         chunk.position = position
         return chunk
@@ -34,7 +40,7 @@ class Contender:
 
     name: str
     encode: Callable[[Chunk], bytes]
-    decode: Callable[[bytes, int], bytes | bytearray]
+    decode: Callable[[bytes, int], Buffer]
     ours: bool = False
     lossless: bool = True
 
@@ -44,10 +50,9 @@ def _frames(
 ) -> Contender:
     """Header, checksums and key check included."""
 
-    def decode(frame: bytes, raw_size: int) -> bytearray:
-        out = bytearray(raw_size)
-        view = memoryview(out)
-        decode_frame_into(frame, view, key=KEY, kv=layout.kv, calibration=calibration)
+    def decode(frame: bytes, raw_size: int) -> memoryview:
+        out = memoryview(np.empty(raw_size, np.uint8))
+        decode_frame_into(frame, out, key=KEY, kv=layout.kv, calibration=calibration)
         return out
 
     def encode(raw: Chunk) -> bytes:

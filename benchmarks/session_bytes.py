@@ -110,7 +110,7 @@ def run_chat(chat: Chat, codec: str) -> tuple[list[Turn], hf.CachedChat]:
         started_s = time.perf_counter()
         export = hf.export_cache(chat.cache, chat.model, codec=codec, **given)
         exported_s = time.perf_counter()
-        peer = hf.import_cache(export, chat.model, base=peer)
+        peer = hf.import_cache(export, chat.model, base=peer, accept=[codec])
         imported_s = time.perf_counter()
         if get_codec(codec).lossless and not is_same(chat.cache, peer.cache):
             raise SystemExit("the peer's cache differs")

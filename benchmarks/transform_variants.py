@@ -17,7 +17,7 @@ import torch
 
 from mcp_vllm.codec import rotation
 from mcp_vllm.codec.fit import fit_band
-from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS
+from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
 from mcp_vllm.codec.planes import Source
 from mcp_vllm.codec.transform import to_coefficients, to_values
 from mcp_vllm.quality.calibrate import (
@@ -106,13 +106,14 @@ def curve(layers: list[Layer], variant: Variant) -> list[tuple[float, float]]:
             split = 2 * len(values) // 3
             slopes = weighted(gradients[:split], variant.weights)
             source = (Source(0, "k", 0),)
-            band, _ = fit_band(source, values[:split], slopes, NO_FREQUENCIES)
-            exact = to_coefficients(values[split:], band.mean, band.analysis)
+            positions = layer.positions[:split]
+            band, _ = fit_band(source, values[:split], slopes, NO_FREQUENCIES, positions)
+            exact = to_coefficients(values[split:], band, len(band.deviation))
             num_values += values[split:].size
             for index, step in enumerate(STEPS):
                 integers = np.rint(exact / np.float32(step))
                 bits[index] += entropy_bits(integers)
-                restored = to_values(integers * np.float32(step), band.mean, band.synthesis)
+                restored = to_values(integers * np.float32(step), band)
                 error = restored - values[split:]
                 harm[index] = harm[index] + (error * gradients[split:]).sum(axis=1)
     return [(16 * num_values / b, float((h**2).mean())) for b, h in zip(bits, harm, strict=True)]

@@ -37,13 +37,23 @@ if TYPE_CHECKING:
 
     from mcp_vllm.codec.kernel import Float32s
 
-FORMAT = 1
+FORMAT = 2
 FINGERPRINT_SIZE = 16
 MAX_BANDS = 4096
 MAX_BAND_CHANNELS = 4096
+# Levels of tokens are cut off at this, and at its negative.
+MAX_LEVEL = 3
 MAX_FILE_BYTES = 4 << 30
 _MAX_DESCRIPTION_BYTES = 16 << 20
-_ARRAYS = ("mean", "analysis", "synthesis", "deviation", "frequencies")
+_ARRAYS = (
+    "mean",
+    "analysis",
+    "synthesis",
+    "deviation",
+    "frequencies",
+    "level_weights",
+    "usual_level",
+)
 
 
 def calibration_file(cache_folder: Path, weights_identity: str) -> Path:
@@ -62,6 +72,9 @@ class Band:
         synthesis: [coefficient, channel]
         deviation: [coefficient], standard deviation on the calibration text, falling.
         frequencies: [layer's rotary pair], radians per token, of the band's K heads; may be empty.
+        level_weights: [channel], usual_level: [1]. Not all tokens matter equally, and it shows in
+            their values: (values - mean) @ level_weights + usual_level is by how many half
+            octaves a token's step may be coarser than others'.
     """
 
     sources: tuple[Source, ...]
@@ -70,6 +83,8 @@ class Band:
     synthesis: Float32s
     deviation: Float32s
     frequencies: Float32s
+    level_weights: Float32s
+    usual_level: Float32s
 
     def check(self) -> None:
         """CodecError unless shapes agree and values are finite, so that decoding cannot fault."""
@@ -83,6 +98,8 @@ class Band:
             or self.deviation.shape != (coefficients,)
             or self.frequencies.ndim != 1
             or 2 * len(self.frequencies) > channels // len(self.sources)
+            or self.level_weights.shape != (channels,)
+            or self.usual_level.shape != (1,)
         )
         if wrong:
             raise CodecError(f"calibration band {self.sources[:1]} has arrays of wrong shapes")

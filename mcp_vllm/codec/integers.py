@@ -24,7 +24,22 @@ if TYPE_CHECKING:
 LOW_VALUES = 16
 _HALF = 8
 _LARGEST_ESCAPE = 32767
-_NARROW = -1
+# Streams of fewer symbols are so short that the states would show in the ratio.
+MANY_LANES_FROM = 1 << 18
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Which classes a column may be moved to in a row that spreads more or less than usual.
+
+    Attributes: all as Columns.classes.
+        first, last: uint8, the classes at both ends.
+        groups: int64, which of a row's shifts moves the column.
+    """
+
+    first: UInt8s
+    last: UInt8s
+    groups: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,11 +49,13 @@ class Columns:
     Attributes:
         classes: uint8 [column, then one for the low values of each wide column], rows of tables.
         lows: int64 [column], where the low values of a wide column are, or -1.
+        moves: None where a column has the same class in all rows.
     """
 
     classes: UInt8s
     lows: NDArray[np.int64]
     tables: Tables
+    moves: Moves | None = None
 
     @cached_property
     def decoding_table(self) -> UInt32s:
@@ -46,18 +63,44 @@ class Columns:
         rans.build_decoding_table(self.tables.frequencies, table)
         return table
 
-    def classes_of(self, num_rows: int) -> UInt8s:
-        """The class of each symbol of so many rows, flat."""
-        return np.tile(self.classes, num_rows)
+    def classes_of(self, num_rows: int, shifts: NDArray[np.int8] | None) -> UInt8s:
+        """The class of each symbol: uint8 [row, as ``classes``]; shifts [row, group]."""
+        moves = self.moves
+        if shifts is None or moves is None:
+            return np.tile(self.classes, (num_rows, 1))
+        classes = np.empty((num_rows, len(self.classes)), np.uint8)
+        _shift(self.classes, moves.first, moves.last, moves.groups, shifts, classes)
+        return classes
 
 
 @kernel(
-    "int64(Array(float32, 2, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True),"
+    "(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True),"
+    " Array(uint8, 1, 'C', readonly=True), Array(int64, 1, 'C', readonly=True),"
+    " Array(int8, 2, 'C', readonly=True), uint8[:,::1])"
+)
+def _shift(
+    usual: UInt8s,
+    first: UInt8s,
+    last: UInt8s,
+    groups: NDArray[np.int64],
+    shifts: NDArray[np.int8],
+    classes: UInt8s,
+) -> None:
+    for row in range(shifts.shape[0]):
+        for column in range(usual.size):
+            moved = np.int64(usual[column]) + np.int64(shifts[row, groups[column]])
+            least, most = np.int64(first[column]), np.int64(last[column])
+            classes[row, column] = np.uint8(min(max(moved, least), most))
+
+
+@kernel(
+    "int64(Array(float32, 2, 'C', readonly=True), float32, Array(uint8, 2, 'C', readonly=True),"
     " Array(int64, 1, 'C', readonly=True), Array(int64, 1, 'C', readonly=True), uint8[:,::1],"
     " int16[::1])"
 )
 def _to_symbols(
     values: Float32s,
+    rounding: float,
     classes: UInt8s,
     lows: NDArray[np.int64],
     limits: NDArray[np.int64],
@@ -72,12 +115,13 @@ def _to_symbols(
             value = values[row, column]
             if not abs(value) <= bound:
                 return -1
-            integer = np.int64(np.rint(value))
+            magnitude = np.int64(abs(value) + rounding)
+            integer = -magnitude if value < 0 else magnitude
             low = lows[column]
             if low >= 0:
                 symbols[row, low] = np.uint8((integer + _HALF) & (LOW_VALUES - 1))
                 integer = (integer + _HALF) >> 4
-            if abs(integer) <= limits[classes[column]]:
+            if abs(integer) <= limits[classes[row, column]]:
                 symbols[row, column] = np.uint8(integer + 128)
             else:
                 symbols[row, column] = np.uint8(0)
@@ -111,31 +155,50 @@ def _to_values(
     return position == escapes.size
 
 
-def encode(values: Float32s, columns: Columns) -> tuple[bytes, bytes] | None:
+def _num_lanes(num_symbols: int) -> int:
+    return rans.MANY_LANES if num_symbols >= MANY_LANES_FROM else rans.FEW_LANES
+
+
+def encode(
+    values: Float32s,
+    columns: Columns,
+    shifts: NDArray[np.int8] | None = None,
+    rounding: float = 0.5,
+) -> tuple[bytes, bytes] | None:
     """The stream and the escapes of values [row, column], rounded to integers.
 
-    None when one of them is not finite or does not fit 16 bits.
+    A magnitude is rounded up from ``1 - rounding`` above an integer. None when one of them is not
+    finite or does not fit 16 bits.
     """
     symbols = np.empty((len(values), len(columns.classes)), np.uint8)
     escapes = np.empty(values.size, np.int16)
     limits = columns.tables.limits
-    num_escapes = _to_symbols(values, columns.classes, columns.lows, limits, symbols, escapes)
+    classes = columns.classes_of(len(values), shifts)
+    num_escapes = _to_symbols(values, rounding, classes, columns.lows, limits, symbols, escapes)
     if num_escapes < 0:
         return None
     words = np.empty(rans.most_words(symbols.size), np.uint16)
-    classes = columns.classes_of(len(values))
-    start = rans.encode(symbols.ravel(), classes, columns.tables.frequencies, words)
+    frequencies = columns.tables.frequencies
+    num_lanes = _num_lanes(symbols.size)
+    start = rans.encode(symbols.ravel(), classes.ravel(), frequencies, num_lanes, words)
     return words[start:].tobytes(), escapes[:num_escapes].tobytes()
 
 
-def decode(stream: memoryview, escapes: memoryview, num_rows: int, columns: Columns) -> Float32s:
+def decode(
+    stream: memoryview,
+    escapes: memoryview,
+    num_rows: int,
+    columns: Columns,
+    shifts: NDArray[np.int8] | None = None,
+) -> Float32s:
     """Float32 [row, column]; FrameError when the stream is not one of so many rows."""
-    if len(stream) < rans.STATES_SIZE_BYTES or len(stream) % 2 or len(escapes) % 2:
+    if len(stream) % 2 or len(escapes) % 2:
         raise FrameError("lossy part holds no whole rANS stream")
     symbols = np.empty((num_rows, len(columns.classes)), np.uint8)
-    classes = columns.classes_of(num_rows)
+    classes = columns.classes_of(num_rows, shifts).ravel()
     words = np.require(np.frombuffer(stream, np.uint16), requirements="A")
-    if not rans.decode(words, classes, columns.decoding_table, symbols.ravel()):
+    num_lanes = _num_lanes(symbols.size)
+    if not rans.Decoder(words, classes, columns.decoding_table, num_lanes).rest(symbols.ravel()):
         raise FrameError("lossy part holds a damaged rANS stream")
     values = np.empty((num_rows, len(columns.lows)), np.float32)
     high = np.require(np.frombuffer(escapes, np.int16), requirements="A")

@@ -19,15 +19,18 @@ Float32s = NDArray[np.float32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def kernel(*signatures: str) -> Callable[[Function], Function]:
+def kernel(*signatures: str, fuse: bool = False) -> Callable[[Function], Function]:
     """Compile a function of arrays and integers that runs without the GIL.
 
     Arrays that a kernel only reads are declared ``Array(type, 1, 'C', readonly=True)`` so that it
-    accepts the memory of an immutable frame.
+    accepts the memory of an immutable frame. ``fuse``: products and sums may be rounded once, not
+    twice.
     """
 
     def compile_function(function: Function) -> Function:
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+        if fuse:
+            options["fastmath"] = {"contract", "nsz", "reassoc"}
         try:
             compiled: Function = numba.njit(list(signatures), cache=True, **options)(function)
         except RuntimeError:  # No folder to cache in is writable: compile for this process only.

@@ -14,6 +14,8 @@ Element = Literal["bf16", "f16", "f32", "f8", "u8"]
 
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 ELEMENT_SIZE_BYTES: dict[Element, int] = {"bf16": 2, "f16": 2, "f32": 4, "f8": 1, "u8": 1}
+# What lossy codecs take.
+FLOAT_ELEMENTS: tuple[Element, ...] = ("bf16", "f16", "f32")
 MAX_CHANNELS = 2**32 - 1
 MAX_TOKENS = 2**31
 

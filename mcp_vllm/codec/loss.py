@@ -13,6 +13,9 @@ EXACT = ""
 # From the one that promises most to the one that promises least.
 LOSSY_TIERS = ("near-lossless", "balanced", "small")
 
+# How many tokens at the front of a context lossy codecs keep exact.
+NUM_EXACT_TOKENS = 16
+
 # By rank.
 LOSSES = (EXACT, *LOSSY_TIERS)
 

@@ -10,7 +10,7 @@ class gets a static rANS table (rans.py). Parts of an encoded chunk:
 1. uint32 size of the head, then the head compressed by zstandard: uint32 channels; uint8 number of
    classes; uint8 first and last symbol that occur; the grid of each unit (uint8); the class of each
    cell (uint8); per class the frequencies from the first symbol to the last (uint16)
-2. rANS: uint32 states, then uint16 words
+2. rANS (rans.py), with many lanes from MANY_LANES_FROM symbols on
 3. a part for each residual byte of the element, lowest first: stored, or zstandard if smaller
 4. the bytes after the last whole element, if any
 
@@ -50,6 +50,8 @@ MAX_CLASSES = 16
 # Below this, states and tables weigh more than they save.
 MIN_SYMBOLS = 1024
 SYMBOLS_PER_CLASS = 1024
+# Below this, so many states would weigh more than speed is worth.
+MANY_LANES_FROM = 1 << 15
 # Symbols further below the largest of their cell count as this far below when cells are compared.
 TRIM_BINADES = 3
 # How much the symbol of a value grows when the value doubles; f8 is taken as e4m3.
@@ -260,7 +262,7 @@ class LosslessCodec(Codec):
         frequencies = np.empty(counts.shape, np.uint16)
         rans.normalize(counts, frequencies)
         words = _scratch("words", 2 * rans.most_words(symbols.size)).view(np.uint16)
-        start = rans.encode(symbols, classes, frequencies, words)
+        start = rans.encode(symbols, classes, frequencies, _num_lanes(symbols.size), words)
         head = _Head(channels, grids, cell_classes, frequencies)
         return [head.pack(self._level), words[start:].tobytes()]
 
@@ -284,21 +286,22 @@ class LosslessCodec(Codec):
             if len(views[-1]) != tail:
                 raise FrameError("lossless frame lacks its last bytes")
             out[-tail:] = views[-1]
-        symbols = _decode_symbols(views[0], views[1], num_symbols)
         residuals = [_decode_residual(view, num_symbols) for view in views[2 : 1 + width]]
-        empty = np.empty(0, np.uint8)
-        low, middle, high = [*residuals, empty, empty, empty][:3]
         elements = np.frombuffer(out[: num_symbols * width], _ROTATED[width])
         if elements.flags.aligned:
-            _merge(symbols, (low, middle, high), elements)
+            _decode_elements(views[0], views[1], residuals, elements)
         else:
-            merged = np.empty(num_symbols, _ROTATED[width])
-            _merge(symbols, (low, middle, high), merged)
-            np.copyto(elements, merged)
+            aligned = np.empty(num_symbols, _ROTATED[width])
+            _decode_elements(views[0], views[1], residuals, aligned)
+            np.copyto(elements, aligned)
 
 
 def _has_symbols(layout: ChunkLayout, num_symbols: int) -> bool:
     return layout.element != "u8" and num_symbols >= MIN_SYMBOLS
+
+
+def _num_lanes(num_symbols: int) -> int:
+    return rans.MANY_LANES if num_symbols >= MANY_LANES_FROM else rans.FEW_LANES
 
 
 def _looks_random(plane: UInt8s) -> bool:
@@ -309,20 +312,27 @@ def _looks_random(plane: UInt8s) -> bool:
     return float(-(present * np.log2(present)).sum()) > 7.5
 
 
-def _decode_symbols(head_part: memoryview, rans_part: memoryview, num_symbols: int) -> UInt8s:
-    """uint8 [num_symbols], in this thread's scratch."""
-    head = _Head.unpack(head_part, num_symbols)
-    if len(rans_part) < rans.STATES_SIZE_BYTES or len(rans_part) % 2:
+def _decode_elements(
+    head_part: memoryview, rans_part: memoryview, residuals: list[UInt8s], elements: NDArray[Any]
+) -> None:
+    head = _Head.unpack(head_part, elements.size)
+    if len(rans_part) % 2:
         raise FrameError("lossless part holds no whole rANS stream")
-    classes = _scratch("classes", num_symbols)
+    classes = _scratch("classes", elements.size)
     cells.spread_classes(head.cell_classes, head.grids, head.channels, classes)
-    table = np.empty(len(head.frequencies) * rans.TABLE_SIZE, np.uint32)
+    table = _scratch("table", 4 * len(head.frequencies) * rans.TABLE_SIZE).view(np.uint32)
     rans.build_decoding_table(head.frequencies, table)
     stream = _aligned(rans_part, np.uint16)
-    symbols = _scratch("symbols", num_symbols)
-    if not rans.decode(stream, classes, table, symbols):
+    decoder = rans.Decoder(stream, classes, table, _num_lanes(elements.size))
+    if decoder.has_vectors and elements.itemsize == 2:
+        decoder.whole_elements(residuals[0], elements)
+    first = decoder.num_decoded
+    symbols = _scratch("symbols", elements.size)
+    if not decoder.rest(symbols):
         raise FrameError("lossless part holds a damaged rANS stream")
-    return symbols
+    empty = np.empty(0, np.uint8)
+    low, middle, high = [*(plane[first:] for plane in residuals), empty, empty, empty][:3]
+    _merge(symbols[first:], (low, middle, high), elements[first:])
 
 
 def _decode_residual(part: memoryview, num_symbols: int) -> UInt8s:

@@ -22,9 +22,10 @@ import numpy as np
 
 from mcp_vllm.codec.base import Codec, Encoded, flat_bytes
 from mcp_vllm.codec.errors import CodecError, FrameError
+from mcp_vllm.codec.layout import FLOAT_ELEMENTS
+from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
 from mcp_vllm.codec.lossless import LosslessCodec
 from mcp_vllm.codec.values import (
-    FLOAT_ELEMENTS,
     elements_of,
     from_float32,
     gather,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from mcp_vllm.codec.kernel import Float32s
     from mcp_vllm.codec.layout import ChunkLayout
     from mcp_vllm.codec.planes import KVLayout
-
-NUM_EXACT_TOKENS = 16
 
 _HEAD = struct.Struct("<8sIH")
 

@@ -29,6 +29,16 @@ class Source(NamedTuple):
     head: int
 
 
+class Group(NamedTuple):
+    """``size`` neighbours on an axis that are ``stride`` elements apart from each other."""
+
+    size: int
+    stride: int
+
+
+_SINGLE = Group(1, 1)
+
+
 @dataclass(frozen=True)
 class Plane:
     """A [head, token, channel] tensor somewhere in the chunk.
@@ -37,7 +47,9 @@ class Plane:
         layer: the model's own index of the layer, so that peers and calibrations agree on it.
         first_token: the tensor's first token, counted from the first of the chunk.
         offset: element at which the tensor starts.
-        strides: in elements, of head, token and channel.
+        strides: in elements, of head, token and channel; of token or channel groups where those
+            have more than one member.
+        token_group, channel_group: pages packed for matrix tiles keep neighbours together.
     """
 
     layer: int
@@ -48,6 +60,8 @@ class Plane:
     offset: int
     strides: tuple[int, int, int]
     first_token: int = 0
+    token_group: Group = _SINGLE
+    channel_group: Group = _SINGLE
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,10 +71,23 @@ class Plane:
     def num_elements(self) -> int:
         return self.num_heads * self.num_tokens * self.head_dim
 
+    @cached_property
+    def grouped_shape(self) -> tuple[int, int, int, int, int]:
+        """Head, token group, token in it, channel group, channel in it."""
+        token, channel = self.token_group.size, self.channel_group.size
+        return self.num_heads, self.num_tokens // token, token, self.head_dim // channel, channel
+
+    @cached_property
+    def grouped_strides(self) -> tuple[int, int, int, int, int]:
+        """Of grouped_shape, in elements."""
+        head, tokens, channels = self.strides
+        return head, tokens, self.token_group.stride, channels, self.channel_group.stride
+
     def of(self, elements: NDArray[Any]) -> NDArray[Any]:
-        """The view [head, token, channel] of this plane in a chunk's flat elements."""
-        byte_strides = [stride * elements.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(elements[self.offset :], self.shape, byte_strides)
+        """The view ``grouped_shape`` of this plane in a chunk's flat, contiguous elements."""
+        size = elements.itemsize
+        strides = [stride * size for stride in self.grouped_strides]
+        return np.ndarray(self.grouped_shape, elements.dtype, elements, self.offset * size, strides)
 
 
 @dataclass(frozen=True)
@@ -77,9 +104,13 @@ class KVLayout:
             raise CodecError("a KV layout needs planes; pass None where the layout is unknown")
         seen = np.zeros(self.num_elements, np.uint8)
         for plane in self.planes:
-            if min(*plane.shape, plane.offset + 1, plane.first_token + 1, *plane.strides) < 1:
+            steps = (plane.token_group.size, plane.channel_group.size, *plane.grouped_strides)
+            if min(*plane.shape, plane.offset + 1, plane.first_token + 1, *steps) < 1:
                 raise CodecError(f"a size, offset or stride is not positive in {plane}")
-            reach = sum((n - 1) * s for n, s in zip(plane.shape, plane.strides, strict=True))
+            if plane.num_tokens % steps[0] or plane.head_dim % steps[1]:
+                raise CodecError(f"the tokens or channels of a plane are no whole groups: {plane}")
+            grouped = zip(plane.grouped_shape, plane.grouped_strides, strict=True)
+            reach = sum((n - 1) * s for n, s in grouped)
             if plane.offset + reach >= seen.size:
                 raise CodecError(f"a plane reaches past the chunk's {seen.size} elements: {plane}")
             plane.of(seen)[...] += 1
@@ -122,6 +153,17 @@ class KVLayout:
                 columns[Source(layer, kind, head)] = slice(start, start + plane.head_dim)
                 start += plane.head_dim
         return columns
+
+    @cached_property
+    def places(self) -> tuple[tuple[Plane, slice, slice], ...]:
+        """Each plane, and its tokens and channels in the chunk's values [token, channel]."""
+        placed = []
+        for plane in self.planes:
+            start = self.columns[Source(plane.layer, plane.kind, 0)].start
+            channels = slice(start, start + plane.num_heads * plane.head_dim)
+            tokens = slice(plane.first_token, plane.first_token + plane.num_tokens)
+            placed.append((plane, tokens, channels))
+        return tuple(placed)
 
     @cached_property
     def digest(self) -> bytes:
@@ -167,6 +209,22 @@ def channel_major_keys(
     })  # fmt: skip
 
 
+def matrix_tiles(
+    layers: tuple[int, ...], num_blocks: int, block_tokens: int, num_heads: int, head_dim: int
+) -> KVLayout:
+    """Pages as the CPU backend packs bf16 for matrix tiles (AMX), K and V in turn for each head.
+
+    K is [16 tokens, pair of channels, token, channel], V [16 channels, pair of tokens, channel,
+    token].
+    """
+    half = block_tokens * head_dim
+    heads, pair, sixteen = 2 * half, Group(2, 1), Group(16, 2)
+    return _pages(layers, num_blocks, heads * num_heads, (num_heads, block_tokens, head_dim), {
+        "k": (0, (heads, 16 * head_dim, 32), sixteen, pair),
+        "v": (half, (heads, 32, 16 * block_tokens), pair, sixteen),
+    })  # fmt: skip
+
+
 def latent(layers: tuple[int, ...], num_blocks: int, block_tokens: int, size: int) -> KVLayout:
     """Pages [token, latent] of multi-head latent attention."""
     shape = (1, block_tokens, size)
@@ -184,15 +242,15 @@ def _pages(
     num_blocks: int,
     page: int,
     shape: tuple[int, int, int],
-    kinds: dict[Kind, tuple[int, tuple[int, int, int]]],
+    kinds: dict[Kind, tuple[int, tuple[int, int, int], *tuple[Group, ...]]],
 ) -> KVLayout:
     """All pages of a layer after each other, layer by layer: vLLM's worker's order."""
     return KVLayout(
         tuple(
             Plane(layer, kind, *shape, (index * num_blocks + block) * page + offset, strides,
-                  first_token=block * shape[1])
+                  block * shape[1], *groups)
             for index, layer in enumerate(layers)
             for block in range(num_blocks)
-            for kind, (offset, strides) in kinds.items()
+            for kind, (offset, strides, *groups) in kinds.items()
         )
     )  # fmt: skip

@@ -1,23 +1,31 @@
-"""Entropy coding of bytes by static tables, one per class of bytes: range ANS, 16 lanes.
+"""Entropy coding of bytes by static tables, one per class of bytes: range ANS in lanes.
 
 After J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540), in the interleaved form of F. Giesen
-(arXiv:1402.3392): 32-bit states renormalised by 16-bit words. Symbol i belongs to lane i mod 16;
-the encoder walks backwards, so the decoder reads
-forwards: the uint32 state of each lane, then the uint16 words. Hosts are little-endian.
+(arXiv:1402.3392): 32-bit states renormalised by 16-bit words. Symbol i belongs to lane i mod L; the
+encoder walks backwards, so the decoder reads forwards: the uint32 state of each lane, then the
+uint16 words. Hosts are little-endian. L is FEW_LANES, or for long streams MANY_LANES, which AVX-512
+machines decode three times faster (rans_vectors.py); a lane costs two bytes.
 
 Invariant: a state is at least 2**16 between symbols, and back at 2**16 when all are decoded.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from mcp_vllm.codec import rans_vectors
 from mcp_vllm.codec.kernel import UInt8s, UInt16s, UInt32s, kernel
 
-NUM_LANES = 16
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FEW_LANES = 16
+MANY_LANES = rans_vectors.NUM_LANES
 TABLE_BITS = 11
 TABLE_SIZE = 1 << TABLE_BITS
-STATES_SIZE_BYTES = 4 * NUM_LANES
 
-_LANES = np.uint64(NUM_LANES)
 _BITS = np.uint32(TABLE_BITS)
 _SLOT_MASK = np.uint32(TABLE_SIZE - 1)
 _STATE_LOW = np.uint32(1 << 16)
@@ -77,18 +85,21 @@ def build_decoding_table(frequencies: UInt16s, table: UInt32s) -> None:
 
 def most_words(num_symbols: int) -> int:
     """How large a buffer ``encode`` needs, in words."""
-    return num_symbols + STATES_SIZE_BYTES // 2
+    return num_symbols + 2 * MANY_LANES
 
 
 @kernel(
     "int64(Array(uint8, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True),"
-    " Array(uint16, 2, 'C', readonly=True), uint16[::1])"
+    " Array(uint16, 2, 'C', readonly=True), int64, uint16[::1])"
 )
-def encode(symbols: UInt8s, classes: UInt8s, frequencies: UInt16s, words: UInt16s) -> int:
+def encode(
+    symbols: UInt8s, classes: UInt8s, frequencies: UInt16s, num_lanes: int, words: UInt16s
+) -> int:
     """Write states and words to the end of ``words`` [most_words]; return where they start.
 
-    Every symbol must have a frequency in the table of its class.
+    Every symbol must have a frequency in the table of its class. ``num_lanes`` is a power of 2.
     """
+    lane_mask = np.uint64(num_lanes - 1)
     flat = frequencies.ravel()
     starts = np.empty(flat.size, np.uint32)
     for row in range(0, flat.size, 256):
@@ -96,12 +107,12 @@ def encode(symbols: UInt8s, classes: UInt8s, frequencies: UInt16s, words: UInt16
         for symbol in range(256):
             starts[row + symbol] = start
             start += np.uint32(flat[row + symbol])
-    states = np.full(NUM_LANES, _STATE_LOW, np.uint32)
+    states = np.full(num_lanes, _STATE_LOW, np.uint32)
     position = words.size
     for past in range(symbols.size, 0, -1):
         # Unsigned, as every index here: a signed one costs a test for being negative.
         index = np.uint64(past - 1)
-        lane = index % _LANES
+        lane = index & lane_mask
         state = np.uint32(states[lane])
         entry = (np.uint32(classes[index]) << np.uint32(8)) | np.uint32(symbols[index])
         frequency = np.uint32(flat[entry])
@@ -112,32 +123,66 @@ def encode(symbols: UInt8s, classes: UInt8s, frequencies: UInt16s, words: UInt16
         state = np.uint32(state >> _WORD_BITS if full else state)
         quotient = np.uint32(state // frequency)
         states[lane] = (quotient << _BITS) + (state - quotient * frequency) + starts[entry]
-    position -= 2 * NUM_LANES
-    for number in range(NUM_LANES):
+    position -= 2 * num_lanes
+    for number in range(num_lanes):
         words[position + 2 * number] = np.uint16(states[number] & _WORD_MASK)
         words[position + 2 * number + 1] = np.uint16(states[number] >> _WORD_BITS)
     return position
 
 
+_HAS_VECTORS = rans_vectors.is_supported()
+
+
+class Decoder:
+    """One stream on its way; ``has_vectors`` where whole groups can be decoded in vectors.
+
+    Whatever ``words`` holds, nothing is read out of bounds, if each class has a table.
+    """
+
+    def __init__(self, words: UInt16s, classes: UInt8s, table: UInt32s, num_lanes: int) -> None:
+        self._stream = words, classes, table
+        # A stream too short for its states is not one: of zeros, the states are none either.
+        self._states = np.zeros(num_lanes, np.uint32)
+        if words.size >= 2 * num_lanes:
+            self._states[:] = words[: 2 * num_lanes].copy().view(np.uint32)
+        self._progress = np.array([0, min(2 * num_lanes, words.size)], np.uint64)
+        self.has_vectors = num_lanes == MANY_LANES and _HAS_VECTORS
+
+    @property
+    def num_decoded(self) -> int:
+        return int(self._progress[0])
+
+    def whole_elements(self, residuals: UInt8s, elements: UInt16s) -> None:
+        """Decode most of the symbols, and merge them with their residuals: 16-bit floats."""
+        rans_vectors.decode_elements(
+            *self._stream, residuals, elements, self._states, self._progress
+        )
+
+    def rest(self, symbols: UInt8s) -> bool:
+        """Fill ``symbols`` from num_decoded on; False when the words end before or after that."""
+        if self.has_vectors:
+            rans_vectors.decode_whole_groups(*self._stream, symbols, self._states, self._progress)
+        return bool(_decode_rest(*self._stream, symbols, self._states, self._progress))
+
+
 @kernel(
     "boolean(Array(uint16, 1, 'C', readonly=True), Array(uint8, 1, 'C', readonly=True),"
-    " Array(uint32, 1, 'C', readonly=True), uint8[::1])"
+    " Array(uint32, 1, 'C', readonly=True), uint8[::1], uint32[::1], uint64[::1])"
 )
-def decode(words: UInt16s, classes: UInt8s, table: UInt32s, symbols: UInt8s) -> bool:
-    """Fill ``symbols``; False when the words are not a stream of exactly that length.
-
-    ``words`` holds the states at least. Whatever it holds, nothing is read out of bounds, if each
-    class has a table.
-    """
-    states = np.empty(NUM_LANES, np.uint32)
-    for lane in range(NUM_LANES):
-        high = np.uint32(words[2 * lane + 1]) << _WORD_BITS
-        states[lane] = high | np.uint32(words[2 * lane])
+def _decode_rest(
+    words: UInt16s,
+    classes: UInt8s,
+    table: UInt32s,
+    symbols: UInt8s,
+    states: UInt32s,
+    progress: NDArray[np.uint64],
+) -> bool:
+    """Decoder.rest. ``progress`` [2]: symbols decoded, in whole groups, and words read."""
     # Unsigned, as every index here: a signed one costs a test for being negative.
-    position = np.uint64(2 * NUM_LANES)
+    position = progress[1]
     last = np.uint64(words.size - 1)
-    for start in range(0, symbols.size, NUM_LANES):
-        num_lanes = min(NUM_LANES, symbols.size - start)
+    for start in range(np.int64(progress[0]), symbols.size, states.size):
+        num_lanes = min(states.size, symbols.size - start)
         # Two loops, so that the first has no carried dependency and becomes vector gathers.
         for lane in range(num_lanes):
             state = states[lane]
@@ -153,6 +198,6 @@ def decode(words: UInt16s, classes: UInt8s, table: UInt32s, symbols: UInt8s) -> 
             states[lane] = refilled if low else state
             position += np.uint64(low)
     intact = position == words.size
-    for lane in range(NUM_LANES):
+    for lane in range(states.size):
         intact &= states[lane] == _STATE_LOW
     return bool(intact)

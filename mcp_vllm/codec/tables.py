@@ -37,13 +37,15 @@ class Tables:
     limits: NDArray[np.int64]
 
 
-def of_tail(tail: Float32s, reach: float, deviations: NDArray[np.float64]) -> Tables:
+def of_tail(
+    tail: Float32s, reach: float, deviations: NDArray[np.float64], rounding: float = 0.5
+) -> Tables:
     """Tables of integers rounded from values of these standard deviations [class].
 
     ``tail`` [n]: probability that a value is further from zero than ``reach * (i / n)**2``
-    deviations.
+    deviations. ``rounding`` as for integers.encode.
     """
-    edges = (np.arange(LARGEST + 2) - 0.5)[None, :] / deviations[:, None]
+    edges = (np.arange(LARGEST + 2) - rounding)[None, :] / deviations[:, None]
     edges[:, 0] = 0.0
     position = np.sqrt(edges / reach) * len(tail)
     low = np.minimum(np.floor(position), len(tail) - 2.0)

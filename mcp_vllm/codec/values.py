@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcp_vllm.codec.kernel import Float32s, UInt16s, kernel
-from mcp_vllm.codec.planes import Source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 # bf16 has no numpy dtype of its own.
 _DTYPES: dict[Element, Any] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
-FLOAT_ELEMENTS = tuple(_DTYPES)
 
 
 def elements_of(chunk: memoryview, element: Element) -> NDArray[Any]:
@@ -63,20 +61,23 @@ def from_float32(values: Float32s, dtype: np.dtype[Any]) -> NDArray[Any]:
 def gather(elements: NDArray[Any], layout: KVLayout) -> NDArray[Any]:
     """Elements [token, channel] of a chunk's flat elements."""
     rows = np.empty((layout.num_tokens, layout.num_channels), elements.dtype)
-    for plane in layout.planes:
-        _of_plane(rows, plane, layout)[...] = plane.of(elements).transpose(1, 0, 2)
+    for plane, tokens, channels in layout.places:
+        _of_plane(rows[tokens, channels], plane)[...] = _tokens_first(plane.of(elements))
     return rows
 
 
 def scatter(rows: NDArray[Any], elements: NDArray[Any], layout: KVLayout) -> None:
     """The inverse of gather."""
-    for plane in layout.planes:
-        plane.of(elements)[...] = _of_plane(rows, plane, layout).transpose(1, 0, 2)
+    for plane, tokens, channels in layout.places:
+        _tokens_first(plane.of(elements))[...] = _of_plane(rows[tokens, channels], plane)
 
 
-def _of_plane(rows: NDArray[Any], plane: Plane, layout: KVLayout) -> NDArray[Any]:
-    """The part of rows [token, channel] that a plane holds, as [token, head, channel]."""
-    start = layout.columns[Source(plane.layer, plane.kind, 0)].start
-    past = start + plane.num_heads * plane.head_dim
-    tokens = rows[plane.first_token : plane.first_token + plane.num_tokens, start:past]
-    return tokens.reshape(plane.num_tokens, plane.num_heads, plane.head_dim)
+def _of_plane(values: NDArray[Any], plane: Plane) -> NDArray[Any]:
+    """Values [token, channel] of a plane as _tokens_first of its own view."""
+    num_heads, token_groups, tokens, channel_groups, channels = plane.grouped_shape
+    return values.reshape(token_groups, tokens, num_heads, channel_groups, channels)
+
+
+def _tokens_first(of_plane: NDArray[Any]) -> NDArray[Any]:
+    """Token group, token in it, head, channel group, channel in it; of Plane.of."""
+    return of_plane.transpose(1, 2, 0, 3, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,11 @@ def load_cache(
     *,
     device: torch.device | str | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    accept: Collection[str] = (),
 ) -> CachedChat:
     """The chat that `save_cache` wrote. Raises what `import_cache` does, and OSError."""
-    return import_cache(Path(path).read_bytes(), model, device=device, max_bytes=max_bytes)
+    data = Path(path).read_bytes()
+    return import_cache(data, model, device=device, max_bytes=max_bytes, accept=accept)
 
 
 def _replace_file(path: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ export is a delta between two of these with the state of the layers in front.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mcp_vllm.hf import envelope, library
@@ -92,12 +92,13 @@ def import_cache(
     base: CachedChat | None = None,
     device: torch.device | str | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    accept: Collection[str] = (),
 ) -> CachedChat:
     """The cache of an export, bit for bit (unless a lossy codec was asked for), in new tensors.
 
     ``base`` is what the export was made against, and is not changed. ``device`` is the model's
-    unless given, the CPU for a configuration. ``max_bytes`` bounds the tensors, see
-    `decompress_context`.
+    unless given, the CPU for a configuration. ``max_bytes`` bounds the tensors, ``accept`` names
+    the lossy codecs that will do: see `decompress_context`.
 
     Raises OtherModelError, naming the field, if the model is not the one that filled the cache;
     DamagedCacheError or DeltaError if the bytes are not intact or the base is not the right one;
@@ -106,7 +107,7 @@ def import_cache(
     state, delta = envelope.unpack(data)
     check_same_model(Fingerprint(state.model), model)
     cache = _empty_cache(state, model)
-    context = decompress_context(_context(base), delta, max_bytes=max_bytes)
+    context = decompress_context(_context(base), delta, max_bytes=max_bytes, accept=accept)
     token_ids = context.pop(_TOKEN_IDS, None)
     if (token_ids is not None) != state.has_token_ids:
         raise DamagedCacheError("the token ids are missing, or nobody asked for them")

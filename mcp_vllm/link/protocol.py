@@ -75,7 +75,7 @@ class LinkError(McpError):
     """The other side broke the protocol or went away."""
 
 
-Arrangement = Literal["token-major", "channel-major-keys", "latent"]
+Arrangement = Literal["token-major", "channel-major-keys", "matrix-tiles", "latent"]
 
 
 class PageLayout(msgspec.Struct, frozen=True):
@@ -139,6 +139,8 @@ def _kv_layout(pages: PageLayout) -> KVLayout:
             return planes.token_major(*sizes, pages.num_heads, pages.head_dim)
         case "channel-major-keys":
             return planes.channel_major_keys(*sizes, pages.num_heads, pages.head_dim)
+        case "matrix-tiles":
+            return planes.matrix_tiles(*sizes, pages.num_heads, pages.head_dim)
         case "latent":
             return planes.latent(*sizes, pages.head_dim)
 

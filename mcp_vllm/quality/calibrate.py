@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from mcp_vllm.codec import rotation
 from mcp_vllm.codec.calibration import Calibration
 from mcp_vllm.codec.fit import fit_band, tail_of
-from mcp_vllm.codec.lossy import NUM_EXACT_TOKENS
+from mcp_vllm.codec.loss import NUM_EXACT_TOKENS
 from mcp_vllm.codec.planes import Source
 from mcp_vllm.quality.model import Model, UnusableModel, windows
 
@@ -34,12 +34,15 @@ _MAX_CHANNELS = 1024
 
 @dataclass(frozen=True)
 class Layer:
-    """Samples of one layer: float32 [sample, head, channel], K without its rotation."""
+    """Samples of one layer: float32 [sample, head, channel], K without its rotation; int64
+    [sample], the position in its window.
+    """
 
     keys: np.ndarray
     values: np.ndarray
     key_gradients: np.ndarray
     value_gradients: np.ndarray
+    positions: np.ndarray
     frequencies: np.ndarray
 
 
@@ -154,6 +157,7 @@ def _sample(model: Model, context: torch.Tensor, rng: torch.Generator) -> list[L
                 _rows(values),
                 _unrotated(_rows(keys.grad * scale), frequencies),
                 _rows(values.grad * scale),
+                np.arange(NUM_EXACT_TOKENS, num_tokens),
                 frequencies,
             )
         )
@@ -201,7 +205,7 @@ def _unrotated(rows: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
 
 def _joined(windows_of_layer: Sequence[Layer]) -> Layer:
     """All windows of a layer, one after the other."""
-    names = ("keys", "values", "key_gradients", "value_gradients")
+    names = ("keys", "values", "key_gradients", "value_gradients", "positions")
     parts = [np.concatenate([getattr(each, name) for each in windows_of_layer]) for name in names]
     return Layer(*parts, windows_of_layer[0].frequencies)
 
@@ -222,6 +226,7 @@ def _fit_layer(index: int, layer: Layer) -> list[Any]:
                 _flat(layer.keys[:, span], layer.values[:, span]),
                 _flat(layer.key_gradients[:, span], layer.value_gradients[:, span]),
                 layer.frequencies,
+                layer.positions,
             )
         )
     return bands

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheConfig,
@@ -20,8 +21,15 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_offload.base import OffloadingSpec
 
-from mcp_vllm.link.protocol import GroupLayout, PageLayout
+from mcp_vllm.link.protocol import Arrangement, GroupLayout, PageLayout
 
+# By the instruction set that vLLM's CPU attention picks; read back from its cache-writing operator
+# in tests/integration/test_cpu_pages.py.
+_ARRANGEMENTS: dict[str, Arrangement] = {
+    "amx": "matrix-tiles",
+    "vec": "channel-major-keys",
+    "vec16": "channel-major-keys",
+}
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 Address = tuple[int, int]
@@ -62,17 +70,18 @@ def _in_order(
 def _pages(
     spec: OffloadingSpec, kv_cache_spec: KVCacheSpec, layers: Sequence[str]
 ) -> PageLayout | None:
-    """What the pages hold, where it was verified: the CPU backend's without matrix tiles, one
-    worker. None elsewhere: lossy tiers are then not used."""
+    """What the pages hold, where it was verified: the CPU backend's on x86, one worker. None
+    elsewhere: lossy tiers are then not used."""
     is_plain = isinstance(kv_cache_spec, AttentionSpec) and kv_cache_spec.dtype in _ELEMENTS
     one_worker = spec.replicated_layout or spec.config.parallel.world_size == 1
     if not (is_plain and one_worker and current_platform.is_cpu()):
         return None
     is_latent = isinstance(kv_cache_spec, MLAAttentionSpec)
-    if not is_latent and torch.cpu._is_amx_tile_supported():
+    arrangement: Arrangement | None = "latent" if is_latent else cpu_arrangement(kv_cache_spec)
+    if arrangement is None:
         return None
     pages = PageLayout(
-        arrangement="latent" if is_latent else "channel-major-keys",
+        arrangement=arrangement,
         layers=tuple(extract_layer_index(layer) for layer in layers),
         num_blocks=spec.blocks_per_chunk,
         block_tokens=kv_cache_spec.block_size,
@@ -82,6 +91,12 @@ def _pages(
     elements = pages.block_tokens * pages.num_heads * pages.head_dim * (1 if is_latent else 2)
     fits = elements * kv_cache_spec.dtype.itemsize == kv_cache_spec.page_size_bytes
     return pages if fits else None
+
+
+def cpu_arrangement(kv_cache_spec: AttentionSpec) -> Arrangement | None:
+    """How the CPU backend keeps K and V of such a layer: it packs them for its instruction set."""
+    isa = _get_attn_isa(kv_cache_spec.dtype, kv_cache_spec.block_size, kv_cache_spec.head_size)
+    return _ARRANGEMENTS.get(isa)
 
 
 def _addresses(kv_cache_config: KVCacheConfig) -> dict[str, Address]:

@@ -50,6 +50,7 @@ with atheris.instrument_imports(include=["mcp_vllm"]) if PYTHON_KERNELS else nul
         decode_frame_into,
         encode_frame,
         get_codec,
+        integers,
         lossless,
         lossless_names,
         needs_calibration,
@@ -73,6 +74,8 @@ SPARE_MEMORY_BYTES = 1 << 30
 STORED = b"STOR"
 # Their checksum is of the parts.
 LOSSY_IDS = (3, 4, 5)
+# The lossy codecs that deltas may be coded with.
+DELTA_LOSS = ("near-lossless",)
 
 # Target, how kernels run, share of the time.
 ROUNDS = (
@@ -191,7 +194,7 @@ CONTEXTS = example_contexts()
 def feed_delta(delta: bytes) -> None:
     for base in CONTEXTS:
         try:
-            deltas.decompress_context(base, delta, max_bytes=1 << 20)
+            deltas.decompress_context(base, delta, max_bytes=1 << 20, accept=DELTA_LOSS)
         except deltas.WrongBaseError:
             continue
 
@@ -199,7 +202,7 @@ def feed_delta(delta: bytes) -> None:
 def delta_seeds() -> Iterator[bytes]:
     for old in CONTEXTS:
         for new in CONTEXTS:
-            for name in lossless_names():
+            for name in (*lossless_names(), *DELTA_LOSS):
                 yield deltas.compress_context(old, new, codec=name)
 
 
@@ -232,15 +235,17 @@ class CacheTarget:
             self.chats.append(hf.snapshot(cache, ids))
 
     def feed(self, export: bytes) -> None:
-        hf.import_cache(export, self.config, max_bytes=1 << 20)
-        hf.import_cache(export, self.config, base=self.chats[0], max_bytes=1 << 20)
+        for base in (None, self.chats[0]):
+            given = {"max_bytes": 1 << 20, "accept": DELTA_LOSS}
+            hf.import_cache(export, self.config, base=base, **given)
 
     def seeds(self) -> Iterator[bytes]:
         for chat in self.chats:
             for base in (None, self.chats[0]):
-                yield hf.export_cache(
-                    chat.cache, self.config, token_ids=chat.token_ids, base=base, codec="zstd"
-                )
+                for codec in ("zstd", *DELTA_LOSS):
+                    yield hf.export_cache(
+                        chat.cache, self.config, token_ids=chat.token_ids, base=base, codec=codec
+                    )
 
 
 def instrument_python() -> None:
@@ -294,6 +299,8 @@ def run_round(target: str, kernels: str, seconds: int) -> None:
         store_instead_of_compressing()
         # Chunks short enough for thousands of runs a second take the path of long ones.
         lossless.MIN_SYMBOLS = lossless.SYMBOLS_PER_CLASS = 16
+    # The same for the vector loop of long streams.
+    lossless.MANY_LANES_FROM = integers.MANY_LANES_FROM = 1024
     warnings.simplefilter("ignore")  # Plain Python kernels overflow as the compiled ones do.
     feed, mend, seeds, allowed = _parts_of(target)
     folder = BUILD / f"{target}-{'real' if kernels == 'compiled' else 'stored'}"

@@ -41,6 +41,7 @@ RELIED_ON = {
     "vllm.model_executor.models.utils:": ["make_layers"],
     "vllm.model_executor.models.utils:PPMissingLayer": ["forward"],
     "vllm.sequence:IntermediateTensors": ["__init__", "items"],
+    "vllm.v1.attention.backends.cpu_attn:": ["_get_attn_isa"],
     "vllm.v1.attention.backends.utils:": ["record_kv_cache_layout"],
     "vllm.v1.core.kv_cache_utils:": [
         "_pool_bytes_per_block",

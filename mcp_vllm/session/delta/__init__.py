@@ -10,6 +10,7 @@ from mcp_vllm.session.delta.errors import (
     ArrayError,
     DamagedDeltaError,
     DeltaError,
+    LossNotAcceptedError,
     WrongBaseError,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "ArrayError",
     "DamagedDeltaError",
     "DeltaError",
+    "LossNotAcceptedError",
     "WrongBaseError",
     "compress_context",
     "decompress_context",

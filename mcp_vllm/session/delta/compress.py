@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 
 from mcp_vllm.codec import Codec, encode_frame, get_codec
+from mcp_vllm.codec.loss import EXACT
+from mcp_vllm.session.delta import frames as delta_frames
 from mcp_vllm.session.delta import wire
 from mcp_vllm.session.delta.arrays import HostArray, flat_bytes_of, host_arrays
 from mcp_vllm.session.delta.decompress import assemble, decode_coded_parts
@@ -29,25 +31,30 @@ def compress_context(
     of any shape and strides; neither is modified. Only what ``old`` lacks is coded, as
     docs/deltas.md says; an empty ``old`` gives a full export.
 
-    ``codec`` is a name of `mcp_vllm.codec.codec_names`. With a lossy one (floats only; all else
-    stays exact) the receiver ends up with something else than ``new``: keep it as
+    ``codec`` is a name of `mcp_vllm.codec.codec_names`. With `near-lossless` (floats of two axes
+    and more, tokens on the one before the last; all else stays exact) the delta says so, and the
+    receiver ends up with something else than ``new``: keep it as
     ``held = decompress_context(held, delta)`` and pass it with the next delta, as what the receiver
     holds in place of ``old``. What was sent once is not sent, nor changed, again.
 
-    Raises ArrayError for an array that cannot be part of a context, CodecError for an unknown
-    codec.
+    Raises ArrayError for an array that cannot be part of a context, CodecError for an unknown codec
+    or one that needs a calibration: those must know which layer and head of which model an array
+    is of.
     """
     old_arrays, new_arrays = host_arrays(old), host_arrays(new)
     held_arrays = old_arrays if held is None else host_arrays(held)
     _check_held(old_arrays, held_arrays)
     changed, coded = _changes(old_arrays, new_arrays)
-    frames = _encode(changed, coded, get_codec(codec))
-    if not get_codec(codec).lossless:
-        changed = _with_received_digests(changed, frames, held_arrays)
+    chosen = get_codec(codec)
+    loss = EXACT if chosen.lossless else chosen.name
+    frames = _encode(changed, coded, chosen, loss)
+    if loss != EXACT:
+        changed = _with_received_digests(changed, frames, held_arrays, loss)
     metadata = wire.Metadata(
         base={name: array.digest() for name, array in sorted(held_arrays.items())},
         removed=sorted(old_arrays.keys() - new_arrays.keys()),
         changed=changed,
+        loss=loss,
     )
     return wire.pack(metadata, frames)
 
@@ -100,22 +107,25 @@ def _describe(name: str, array: HostArray, base: HostArray | None) -> wire.Chang
 
 
 def _encode(
-    changed: Sequence[wire.ChangedArray], coded: Sequence[memoryview], codec: Codec
+    changed: Sequence[wire.ChangedArray], coded: Sequence[memoryview], codec: Codec, loss: str
 ) -> list[bytes]:
     exact = codec if codec.lossless else get_codec("lossless")
     frames: list[bytes] = []
-    for number, plan in enumerate(wire.frame_plans(changed)):
+    for number, plan in enumerate(delta_frames.frame_plans(changed, loss)):
         raw = b"".join(coded[each.index][each.start : each.stop] for each in plan.slices)
-        chosen = exact if plan.layout.element == "u8" else codec
-        frames.append(encode_frame(wire.frame_key(number), raw, plan.layout, chosen))
+        chosen = codec if plan.layout.kv else exact
+        frames.append(encode_frame(delta_frames.frame_key(number), raw, plan.layout, chosen))
     return frames
 
 
 def _with_received_digests(
-    changed: list[wire.ChangedArray], frames: Sequence[bytes], held: Mapping[str, HostArray]
+    changed: list[wire.ChangedArray],
+    frames: Sequence[bytes],
+    held: Mapping[str, HostArray],
+    loss: str,
 ) -> list[wire.ChangedArray]:
     """The same entries, with the digests of what the receiver will have."""
-    coded = decode_coded_parts(changed, memoryview(b"".join(frames)), len(frames))
+    coded = decode_coded_parts(changed, memoryview(b"".join(frames)), len(frames), loss)
     return [
         msgspec.structs.replace(entry, digest=assemble(entry, part, held).digest())
         for entry, part in zip(changed, coded, strict=True)

@@ -5,16 +5,22 @@ The result is built beside the base, which is only read: an error leaves nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mcp_vllm.codec import CodecError, decode_frame_into, read_header
 from mcp_vllm.codec.base import flat_bytes
+from mcp_vllm.codec.loss import is_acceptable
+from mcp_vllm.session.delta import frames as delta_frames
 from mcp_vllm.session.delta import wire
 from mcp_vllm.session.delta.arrays import Bits, HostArray, empty_bits, host_arrays, library_array
-from mcp_vllm.session.delta.errors import DamagedDeltaError, WrongBaseError
+from mcp_vllm.session.delta.errors import (
+    DamagedDeltaError,
+    LossNotAcceptedError,
+    WrongBaseError,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -23,7 +29,11 @@ DEFAULT_MAX_BYTES = 16 << 30
 
 
 def decompress_context(
-    old: Mapping[str, Any], delta: Buffer, *, max_bytes: int = DEFAULT_MAX_BYTES
+    old: Mapping[str, Any],
+    delta: Buffer,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    accept: Collection[str] = (),
 ) -> dict[str, Any]:
     """The context that ``delta`` was made for, given the one it was made from.
 
@@ -34,9 +44,11 @@ def decompress_context(
     ``max_bytes`` bounds the raw bytes of changed arrays; memory stays within about twice that, plus
     a few frames of 4 MiB.
 
-    Raises, and then nothing was changed: WrongBaseError when ``old`` is not the context the delta
-    was made from; DamagedDeltaError when the delta is not intact or claims too much; ArrayError
-    when an array needs a package that is not installed.
+    ``accept`` names the lossy codecs that the delta may have been coded with; none unless told.
+
+    Raises, and then nothing was changed: LossNotAcceptedError; WrongBaseError when ``old`` is not
+    the context the delta was made from; DamagedDeltaError when the delta is not intact or claims
+    too much; ArrayError when an array needs a package that is not installed.
     """
     base = host_arrays(old)
     try:
@@ -44,10 +56,15 @@ def decompress_context(
     except CodecError as error:
         raise DamagedDeltaError(f"the delta cannot be read: {error}") from error
     metadata, frames, num_frames = wire.unpack(source, max_bytes=max_bytes)
+    if not is_acceptable(metadata.loss, accept):
+        raise LossNotAcceptedError(
+            f"the delta was coded with loss, by {metadata.loss!r}; pass accept=[{metadata.loss!r}]"
+            " if that will do, or ask for one without"
+        )
     _check_base(metadata, base)
     for entry in metadata.changed:
         _check_overlap(entry, base)
-    coded = decode_coded_parts(metadata.changed, frames, num_frames)
+    coded = decode_coded_parts(metadata.changed, frames, num_frames, metadata.loss)
     result = {name: value for name, value in old.items() if name not in metadata.removed}
     for index, entry in enumerate(metadata.changed):
         array = assemble(entry, coded[index], base)
@@ -91,20 +108,20 @@ def _check_overlap(entry: wire.ChangedArray, base: Mapping[str, HostArray]) -> N
 
 
 def decode_coded_parts(
-    changed: Sequence[wire.ChangedArray], frames: memoryview, num_frames: int
+    changed: Sequence[wire.ChangedArray], frames: memoryview, num_frames: int, loss: str
 ) -> list[Bits]:
     """What the frames hold of each changed array, in its coded shape; checksums verified."""
-    plans = list(wire.frame_plans(changed))
+    plans = list(delta_frames.frame_plans(changed, loss))
     if len(plans) != num_frames:
         raise DamagedDeltaError(f"{num_frames} frames where {len(plans)} belong")
     parts = [empty_bits(entry.dtype, entry.coded_shape) for entry in changed]
     targets = [part.reshape(-1).view(np.uint8) for part in parts]
     scratch = bytearray(max((plan.raw_bytes for plan in plans), default=0))
     for number, plan in enumerate(plans):
-        raw = memoryview(scratch)[: plan.raw_bytes]
+        raw, key = memoryview(scratch)[: plan.raw_bytes], delta_frames.frame_key(number)
         try:
             size = read_header(frames, max_raw_size=len(raw)).frame_size
-            decode_frame_into(frames[:size], raw, key=wire.frame_key(number))
+            decode_frame_into(frames[:size], raw, key=key, kv=plan.layout.kv)
         except CodecError as error:
             raise DamagedDeltaError(f"frame {number} of the delta: {error}") from error
         frames = frames[size:]

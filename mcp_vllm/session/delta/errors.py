@@ -17,3 +17,7 @@ class DamagedDeltaError(DeltaError):
 
 class WrongBaseError(DeltaError):
     """The delta was made for another base; the message names the array that differs."""
+
+
+class LossNotAcceptedError(DeltaError):
+    """The delta was coded by a lossy codec that the receiver did not say it accepts."""

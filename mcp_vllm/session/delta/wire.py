@@ -6,7 +6,7 @@ All integers are little-endian.
 offset bytes field
 ====== ===== ==================================================================================
 0      4     magic, ``MCPD``
-4      1     format version, 1
+4      1     format version, 2
 5      3     zero
 8      8     size of the delta
 16     4     size M of the metadata
@@ -16,24 +16,22 @@ offset bytes field
 32+M         frames (mcp_vllm/codec/frame.py), without padding; the key of each is its number
 ====== ===== ==================================================================================
 
-What the frames hold follows from the metadata alone (`frame_plans`): the part of each changed array
-that its base lacks, in C order, arrays of equal type and channels one after another, cut into
-frames of FRAME_BYTES.
+What the frames hold follows from the metadata alone (frames.py).
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import msgspec
 import xxhash
 from msgspec import Meta
 
 from mcp_vllm.codec import ChunkLayout
+from mcp_vllm.codec.loss import LOSSES
 from mcp_vllm.session.delta.arrays import (
     DIGEST_BYTES,
     MAX_DIMENSIONS,
@@ -48,14 +46,12 @@ from mcp_vllm.session.delta.errors import DamagedDeltaError
 from mcp_vllm.session.delta.overlap import Overlap
 
 MAGIC = b"MCPD"
-VERSION = 1
-FRAME_BYTES = 4 << 20
+VERSION = 2
 MAX_ARRAYS = 1 << 16
 MAX_METADATA_BYTES = 32 << 20
 
 _HEADER = struct.Struct("<4sB3sQII")
 _CHECKSUM_BYTES = 8
-_FRAME_KEY = struct.Struct("<I")
 
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
@@ -101,61 +97,16 @@ class ChangedArray(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
 
 class Metadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """``base`` has the digest of every array of the base; what is neither removed nor changed
-    stays as it is."""
+    stays as it is. ``loss``: what was coded may be off by as much as this tier allows (loss.py).
+    """
 
     base: Annotated[dict[Name, Digest], Meta(max_length=MAX_ARRAYS)]
     removed: Annotated[list[Name], Meta(max_length=MAX_ARRAYS)]
     changed: Annotated[list[ChangedArray], Meta(max_length=MAX_ARRAYS)]
+    loss: Literal[LOSSES]  # type: ignore[valid-type]
 
 
 _decoder = msgspec.msgpack.Decoder(Metadata)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Bytes ``start:stop`` of the coded part of the array at ``index`` of Metadata.changed."""
-
-    index: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class FramePlan:
-    """One frame: its layout, and what its raw bytes are made of, in order."""
-
-    layout: ChunkLayout
-    slices: tuple[Slice, ...]
-
-    @property
-    def raw_bytes(self) -> int:
-        return sum(each.stop - each.start for each in self.slices)
-
-
-def frame_key(number: int) -> bytes:
-    return _FRAME_KEY.pack(number)
-
-
-def frame_plans(changed: Sequence[ChangedArray]) -> Iterator[FramePlan]:
-    """What each frame of a delta holds, in order."""
-    by_layout: dict[ChunkLayout, list[int]] = {}
-    for index, array in enumerate(changed):
-        by_layout.setdefault(array.layout, []).append(index)
-    for layout, indices in by_layout.items():
-        slices: list[Slice] = []
-        room = FRAME_BYTES
-        for index in indices:
-            position, size = 0, changed[index].coded_bytes
-            while position < size:
-                stop = min(size, position + room)
-                slices.append(Slice(index, position, stop))
-                room -= stop - position
-                position = stop
-                if room == 0:
-                    yield FramePlan(layout, tuple(slices))
-                    slices, room = [], FRAME_BYTES
-        if slices:
-            yield FramePlan(layout, tuple(slices))
 
 
 def pack(metadata: Metadata, frames: Sequence[bytes]) -> bytes:

@@ -11,7 +11,7 @@ from mcp_vllm.codec.planes import Source
 from mcp_vllm.codec.values import from_float32, scatter
 
 LAYERS, HEADS, DIM = (0, 3), 2, 16
-TOKENS = 24
+TOKENS = 32
 DTYPES = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
 
 
@@ -32,11 +32,12 @@ ARRANGEMENTS = {
     "head, token, K then V": planes.head_major(LAYERS, 1, TOKENS, HEADS, DIM),
     "pages of 8 tokens": planes.token_major(LAYERS, TOKENS // 8, 8, HEADS, DIM),
     "K transposed": planes.channel_major_keys(LAYERS, 1, TOKENS, HEADS, DIM),
+    "packed for matrix tiles": planes.matrix_tiles(LAYERS, 1, TOKENS, HEADS, DIM),
     "mixed": mixed_axes(),
 }
 
 
-def _rows(num_tokens: int, seed: int) -> np.ndarray:
+def rows(num_tokens: int, seed: int) -> np.ndarray:
     """float32 [token, channel]: directions of falling strength, channels with an offset."""
     channels = len(LAYERS) * 2 * HEADS * DIM
     basis = np.random.default_rng(0).normal(size=(channels, channels)).astype(np.float32)
@@ -49,7 +50,7 @@ def _rows(num_tokens: int, seed: int) -> np.ndarray:
 def chunk(kv: KVLayout, element: str = "bf16", seed: int = 0) -> bytes:
     """The bytes of a chunk in that arrangement."""
     elements = np.empty(kv.num_elements, DTYPES[element])
-    scatter(from_float32(_rows(TOKENS, seed), elements.dtype), elements, kv)
+    scatter(from_float32(rows(TOKENS, seed), elements.dtype), elements, kv)
     return elements.tobytes()
 
 
@@ -61,14 +62,14 @@ def layout(kv: KVLayout, element: str = "bf16", position: int = 1) -> ChunkLayou
 def calibration(seed: int = 0) -> Calibration:
     """Bands of one layer each; no rotation for layer 3."""
     kv = next(iter(ARRANGEMENTS.values()))
-    rows = _rows(400, seed)
+    samples = rows(400, seed)
     made, coefficients = [], []
     for layer in LAYERS:
         sources = tuple(Source(layer, kind, head) for kind in ("k", "v") for head in range(HEADS))
-        values = np.concatenate([rows[:, kv.columns[source]] for source in sources], axis=1)
+        values = np.concatenate([samples[:, kv.columns[source]] for source in sources], axis=1)
         gradients = np.random.default_rng(seed).normal(size=values.shape).astype(np.float32)
         frequencies = np.array([] if layer else [1.0, 0.1, 0.01], np.float32)
-        band, of_band = fit_band(sources, values, gradients, frequencies)
+        band, of_band = fit_band(sources, values, gradients, frequencies, np.arange(len(values)))
         made.append(band)
         coefficients.append(of_band)
     return Calibration(f"made up {seed}", tuple(made), tail_of(coefficients))

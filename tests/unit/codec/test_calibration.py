@@ -71,8 +71,8 @@ def test_a_missing_file_says_how_to_make_one(tmp_path):
 def test_coefficients_are_decorrelated_and_give_the_values_back():
     band = calibration().bands[1]
     values = np.random.default_rng(0).normal(size=(50, len(band.mean))).astype(np.float32)
-    coefficients = to_coefficients(values, band.mean, band.analysis)
-    restored = to_values(coefficients, band.mean, band.synthesis)
+    coefficients = to_coefficients(values, band, len(band.deviation))
+    restored = to_values(coefficients, band)
     np.testing.assert_allclose(restored, values, atol=1e-3)
 
 
@@ -80,9 +80,13 @@ def test_the_transform_of_tensors_is_that_of_arrays():
     torch = pytest.importorskip("torch")
     band = calibration().bands[0]
     values = np.random.default_rng(0).normal(size=(50, len(band.mean))).astype(np.float32)
-    tensors = map(torch.from_numpy, (values, band.mean, band.analysis))
-    ours = to_coefficients(values, band.mean, band.analysis)
-    np.testing.assert_allclose(to_coefficients(*tensors).numpy(), ours, rtol=1e-4, atol=1e-4)
+    tensor = torch.from_numpy(values)
+    for num_kept in (5, len(band.deviation)):
+        ours = to_coefficients(values, band, num_kept)
+        theirs = to_coefficients(tensor, band, num_kept)
+        np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-4, atol=1e-4)
+        restored = to_values(theirs, band).numpy()
+        np.testing.assert_allclose(restored, to_values(ours, band), rtol=1e-4, atol=1e-4)
 
 
 def test_a_rotation_taken_off_and_put_back_changes_nothing_for_tensors_and_arrays():

@@ -20,7 +20,7 @@ from transformers import (
 from mcp_vllm import hf
 from mcp_vllm.codec import CodecError
 from mcp_vllm.hf import library
-from mcp_vllm.session.delta import DamagedDeltaError, WrongBaseError
+from mcp_vllm.session.delta import DamagedDeltaError, LossNotAcceptedError, WrongBaseError
 
 WINDOW = 32
 PROMPT_TOKENS = 40
@@ -190,6 +190,27 @@ def test_a_saved_chat_is_loaded_with_its_tokens(models, tmp_path):
     loaded = hf.load_cache(path, model)
     assert_bit_identical(chat.cache, loaded.cache)
     assert torch.equal(chat.token_ids, loaded.token_ids)
+
+
+@pytest.mark.parametrize("cache_kind", CACHES)
+def test_a_lossy_chat_moves_turn_by_turn_and_is_refused_unless_accepted(models, cache_kind):
+    model = models["gemma3"]
+    chat = chat_of(model, CACHES[cache_kind])
+    given = {"token_ids": chat.token_ids, "codec": "near-lossless"}
+    export = hf.export_cache(chat.cache, model, **given)
+    with pytest.raises(LossNotAcceptedError, match="near-lossless"):
+        hf.import_cache(export, model)
+    held = hf.import_cache(export, model, accept=["near-lossless"])
+    base = hf.snapshot(chat.cache, chat.token_ids)
+    longer = torch.cat([chat.token_ids, chat.token_ids], dim=1)
+    model(longer[:, chat.cache.get_seq_length() :], past_key_values=chat.cache, use_cache=True)
+    export = hf.export_cache(chat.cache, model, base=base, held=held, codec="near-lossless")
+    peer = hf.import_cache(export, model, base=held, accept=["near-lossless"])
+    for ours, theirs in zip(chat.cache.layers, peer.cache.layers, strict=True):
+        keys, theirs_keys = ours.keys.float(), theirs.keys.float()
+        assert keys.shape == theirs_keys.shape
+        bound = keys.abs().amax(dim=-1, keepdim=True) / 100
+        assert ((keys - theirs_keys).abs() <= bound).all()
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(models, tmp_path, monkeypatch):
