@@ -73,13 +73,15 @@ def stage_of(
     *options: str,
     vllm_args: Sequence[str] = ("--block-size", str(BLOCK), "--max-model-len", str(MODEL_LEN)),
     name: str = "stage",
+    data_bytes: int | None = None,
 ) -> Iterator[Stage]:
-    """`mcp-vllm stage` on free ports; it may still be loading."""
+    """`mcp-vllm stage` on free ports, with so much memory; it may still be loading."""
     port, http_port = free_port(), free_port()
     log = REPOSITORY / "build" / "test-logs" / f"{name}-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "mcp_vllm.cli.main", "stage", str(model), "--layers", layers,
+        *_limited(data_bytes), sys.executable, "-m", "mcp_vllm.cli.main", "stage", str(model),
+        "--layers", layers,
         "--listen", f"127.0.0.1:{port}", "--http", f"127.0.0.1:{http_port}",
         "--kv-bytes", "256MiB", *options, "--", *vllm_args,
     ]  # fmt: skip
@@ -131,9 +133,10 @@ def play(
     *rounds: list[Request],
     signals: Sequence[Signal] = (),
     name: str = "request",
+    data_bytes: int | None = None,
 ) -> Played:
-    """One engine, from its start to its end."""
-    with start(engine, *rounds, signals=signals, name=name) as process:
+    """One engine, from its start to its end, with so much memory."""
+    with start(engine, *rounds, signals=signals, name=name, data_bytes=data_bytes) as process:
         return finish(process)
 
 
@@ -143,10 +146,11 @@ def start(
     *rounds: list[Request],
     signals: Sequence[Signal] = (),
     name: str = "request",
+    data_bytes: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     scenario = Scenario(engine, list(rounds), list(signals), name)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.split_engine"],
+        [*_limited(data_bytes), sys.executable, "-m", "tests.integration.split_engine"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -170,6 +174,12 @@ def finish(process: subprocess.Popen[bytes]) -> Played:
     if process.returncode != 0:
         return Played(None, log)
     return Played(msgspec.json.decode(output, type=Result), log)
+
+
+def _limited(data_bytes: int | None) -> list[str]:
+    """A command's beginning that lets it allocate no more than that: files that are mapped, as
+    weights while they are read, do not count."""
+    return [] if data_bytes is None else ["prlimit", f"--data={data_bytes}", "--"]
 
 
 def _environment() -> dict[str, str]:
