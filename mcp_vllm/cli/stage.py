@@ -19,7 +19,16 @@ def stage(
         typer.Argument(metavar="[-- VLLM_FLAGS]", help="Flags of vLLM, as the engines have them."),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="FIRST:END", help="4:14 is layers 4 to 13.")
+        str | None,
+        typer.Option(metavar="FIRST:END|auto", help="4:14 is layers 4 to 13; auto: all that fit."),
+    ] = None,
+    memory_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --layers auto: for weights and KV blocks; 70 % of the free memory if not "
+            "given.",
+        ),
     ] = None,
     listen: Annotated[
         str | None,
@@ -45,6 +54,7 @@ def stage(
     """Load layers FIRST to END-1 of MODEL, and nothing else of it, and run them for engines."""
     flags = {
         "layers": layers,
+        "memory_bytes": memory_bytes,
         "listen": listen,
         "http": http,
         "kv_bytes": kv_bytes,

@@ -24,6 +24,7 @@ from mcp_vllm.config.schema import (
 _MIB = 1 << 20
 _GIB = 1 << 30
 _MAX_BYTES = 1 << 50
+AUTO = "auto"
 
 
 def parse_layers(text: str) -> tuple[int, int]:
@@ -46,7 +47,12 @@ def _layers(text: str) -> str:
     return f"{first}:{end}"
 
 
+def _layers_or_auto(text: str) -> str:
+    return AUTO if text.strip() == AUTO else _layers(text)
+
+
 Layers = Annotated[str, AfterValidator(_layers)]
+LayersOrAuto = Annotated[str, AfterValidator(_layers_or_auto)]
 
 
 class SplitConfig(Section):
@@ -139,8 +145,13 @@ class StageConfig(Section):
     version: Literal[1] = 1
     """Version of this file format."""
 
-    layers: Layers
-    """FIRST:END of the layers to hold: `4:14` is layers 4 to 13."""
+    layers: LayersOrAuto
+    """FIRST:END of the layers to hold: `4:14` is layers 4 to 13; engines may use some of them.
+    `auto`: as many as fit, in the middle of the model."""
+
+    memory_bytes: ByteSize | None = Field(default=None, ge=_MIB, le=_MAX_BYTES)
+    """With `layers: auto`: memory for weights and KV blocks together. Unset: 70 % of what is
+    free."""
 
     listen: ListenAddress = "127.0.0.1:7090"
     """HOST:PORT for engines. Port 0 takes any free one."""
@@ -158,6 +169,24 @@ class StageConfig(Section):
 
     insecure: bool = False
     """Serve engines on other machines without TLS."""
+
+    @model_validator(mode="after")
+    def _room_for_layers(self) -> "StageConfig":
+        if self.memory_bytes is None:
+            return self
+        if self.layers != AUTO:
+            raise PydanticCustomError(
+                "memory_bytes",
+                '"memory_bytes" says how many layers `layers: auto` holds; here {layers} are given',
+                {"key": "memory_bytes", "layers": self.layers},
+            )
+        if self.memory_bytes <= self.kv_bytes:
+            raise PydanticCustomError(
+                "memory_bytes",
+                '"memory_bytes" leaves no room for layers beside "kv_bytes"',
+                {"key": "memory_bytes"},
+            )
+        return self
 
     @model_validator(mode="after")
     def _loopback_unless_secure(self) -> "StageConfig":

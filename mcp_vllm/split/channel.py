@@ -155,7 +155,7 @@ class Channel:
             if count == 0:
                 raise StageLost("the connection was closed")
             if until is not None and now > until:
-                raise StageLost(f"no answer within {patience.total_s:g} s")
+                raise StageLost(f"no answer within {patience.total_s:g} s", "slow")
             if count is not None:
                 view, last_byte = view[count:], now
             elif patience.silence_s is not None and now - last_byte >= patience.silence_s:

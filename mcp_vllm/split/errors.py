@@ -1,5 +1,7 @@
 """What can go wrong between an engine and a stage."""
 
+from typing import Literal
+
 from mcp_vllm.errors import McpError
 
 
@@ -12,7 +14,16 @@ class WireError(SplitError):
 
 
 class StageLost(SplitError):
-    """The stage is gone, silent or broken: another one, or local layers, must take over."""
+    """The stage is gone, silent or broken: another one, or local layers, must take over.
+
+    Attributes:
+        cause: `gone`; `slow`: it is alive and has not answered in time; `memory`: it answers, and
+            has not enough for the step.
+    """
+
+    def __init__(self, message: str, cause: Literal["gone", "slow", "memory"] = "gone") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class StageRefused(SplitError):

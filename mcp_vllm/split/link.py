@@ -18,10 +18,11 @@ from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.security.tls import client_context
 from mcp_vllm.security.tokens import read_token
-from mcp_vllm.split import wire
+from mcp_vllm.split import spans, wire
 from mcp_vllm.split.activations import Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, connect, expect
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
+from mcp_vllm.split.spans import Span
 from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, Welcome
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,9 @@ class Link:
             reply = self._receive(Kind.REPLY, number, self.patience)
             hidden = activations.hidden
             return self.form.decode(reply.payload, hidden.shape[0], hidden.device)
-        except (WireError, StageRefused) as error:
+        except StageRefused as error:
+            raise StageLost(str(error), "memory" if error.code == "memory" else "gone") from error
+        except WireError as error:
             raise StageLost(str(error)) from error
 
     def close(self) -> None:
@@ -89,8 +92,12 @@ class Link:
         return _receive(self.stage, self.channel, kind, step, patience)
 
 
+# A stage that was alive and too slow gets so much more time for a step, once.
+_MORE_TIME = 1.5
+
+
 class Stages:
-    """The stages of the configuration, and which is next."""
+    """The stages of the configuration, which is next, and how long each may take."""
 
     def __init__(self, config: SplitConfig, hello: Hello, dtype: torch.dtype) -> None:
         """Raises SecurityError: a certificate or the token cannot be used."""
@@ -98,13 +105,11 @@ class Stages:
         self._hello = hello
         self._dtype = dtype
         self._next = 0
+        self._step_s: dict[str, float] = {}
         self._tls = _tls(config)
 
-    def connect(self, patient: bool) -> Link:
-        """A lease at the first stage that gives one, beginning after the last one that did.
-
-        Args:
-            patient: wait for stages that still load; else they count as lost.
+    def connect(self) -> Link:
+        """A lease at the first stage that gives one; waits for stages that still load.
 
         Raises:
             StageRefused: all refuse, and this is what the first of them said.
@@ -113,17 +118,18 @@ class Stages:
         until = time.monotonic() + self._config.load_ms / 1000
         while True:
             failures: list[SplitError] = []
-            for stage in self._candidates():
+            for stage in self.in_order():
                 try:
-                    return self._dial(stage, until if patient else None)
-                except (SplitError, OSError) as error:
-                    failures.append(_named(stage, error))
-                    logger.warning("%s", failures[-1])
-            if not patient or time.monotonic() > until or not any(map(_passes, failures)):
+                    return self.dial(stage, self._config.span, until)
+                except SplitError as error:
+                    failures.append(error)
+                    logger.warning("%s", error)
+            if time.monotonic() > until or not any(map(_passes, failures)):
                 raise _summary(failures)
             time.sleep(0.5)
 
-    def _candidates(self) -> Iterator[str]:
+    def in_order(self) -> Iterator[str]:
+        """Each stage once, beginning after the last one that this has named."""
         stages = self._config.stages
         first = self._next
         for offset in range(len(stages)):
@@ -131,14 +137,35 @@ class Stages:
             self._next = (index + 1) % len(stages)
             yield stages[index]
 
-    def _dial(self, stage: str, load_until: float | None) -> Link:
+    def give_time(self, stage: str) -> None:
+        """Let its steps take longer from the next lease on."""
+        self._step_s[stage] = self._patience_s(stage) * _MORE_TIME
+
+    def dial(self, stage: str, span: Span, load_until: float | None = None) -> Link:
+        """A lease on these layers of one stage.
+
+        Args:
+            load_until: wait so long (time.monotonic) while it loads; None: it counts as lost then.
+
+        Raises:
+            SplitError: none; names the stage.
+        """
+        try:
+            return self._dial(stage, span, load_until)
+        except (SplitError, OSError) as error:
+            raise _named(stage, error) from error
+
+    def _patience_s(self, stage: str) -> float:
+        return self._step_s.get(stage, self._config.step_ms / 1000)
+
+    def _dial(self, stage: str, span: Span, load_until: float | None) -> Link:
         config = self._config
         address = Address.parse(stage)
         wait_s = config.connect_ms / 1000
         channel = Channel(connect(address.host, address.port, wait_s, self._tls))
         patience = Patience(config.lost_ms / 1000, config.heartbeat_ms / 1000)
         try:
-            channel.send(Kind.HELLO, self._with_token(), patience=patience)
+            channel.send(Kind.HELLO, self._hello_for(span), patience=patience)
             if load_until is not None:
                 load_s = max(load_until - time.monotonic(), wait_s)
                 first = replace(patience, silence_s=_LOAD_SILENCE_S, total_s=load_s)
@@ -152,13 +179,15 @@ class Stages:
             channel.close()
             raise
         channel.max_payload = form.payload_bytes(self._hello.max_tokens)
-        return Link(stage, welcome, form, channel, replace(patience, total_s=config.step_ms / 1000))
+        patience = replace(patience, total_s=self._patience_s(stage))
+        return Link(stage, welcome, form, channel, patience)
 
-    def _with_token(self) -> Hello:
-        """Read for each connection: whoever renews the token replaces the file."""
-        if self._config.token_file is None:
-            return self._hello
-        return msgspec.structs.replace(self._hello, token=read_token(self._config.token_file))
+    def _hello_for(self, span: Span) -> Hello:
+        """The token is read for each connection: whoever renews it replaces the file."""
+        token_file = self._config.token_file
+        token = None if token_file is None else read_token(token_file)
+        layers = "" if self._hello.measuring else spans.text(span)
+        return msgspec.structs.replace(self._hello, token=token, layers=layers)
 
 
 def _receive(stage: str, channel: Channel, kind: Kind, step: int, patience: Patience) -> Message:

@@ -26,6 +26,7 @@ from mcp_vllm.split.access import Access, AccessDenied
 from mcp_vllm.split.activations import FORMS, Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
+from mcp_vllm.split.memory import is_out_of_memory
 from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, StepSeconds, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
@@ -304,6 +305,6 @@ def _refusal(error: Exception) -> tuple[str, str]:
         return "protocol", str(error)
     if isinstance(error, StageLost):
         return "protocol", str(error)
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "memory", "the stage is out of memory"
     return "internal", f"the step failed ({type(error).__name__}); the stage's log has more"

@@ -10,7 +10,7 @@ tensor bytes, each possibly empty:
 Life of a connection (> from the engine, < from the stage):
 
     > Hello      who asks, what it serves, how large its batches are
-    < Welcome    the stage's attention layers, the memory for their KV blocks; or Error and the end
+    < Welcome    the lease's attention layers, the memory for their KV blocks; or Error and the end
     > KvInit     the KV groups and the number of blocks, the same on both sides
     < Ok
     > Step n     a scrubbed scheduler output: what changes and what runs
@@ -84,6 +84,7 @@ class Hello(msgspec.Struct, frozen=True):
         max_requests: requests a step may have.
         max_tokens: tokens a step may have.
         form: of activations, one of activations.FORMS.
+        layers: FIRST:END that the engine wants, some or all of the stage's; empty: all of them.
         measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
             Reply has StepSeconds as its metadata.
     """
@@ -95,6 +96,7 @@ class Hello(msgspec.Struct, frozen=True):
     form: str
     token: str | None = None
     measuring: bool = False
+    layers: str = ""
 
 
 # A KV cache spec of vLLM: the name of its class, and its fields.
@@ -127,16 +129,18 @@ class StepSeconds(msgspec.Struct, frozen=True):
 
 class Welcome(msgspec.Struct, frozen=True):
     """Attributes:
-    kv_specs: of the stage's attention layers, by layer name.
+    kv_specs: of the lease's attention layers, by layer name.
     kv_bytes: memory for this lease's KV blocks.
     tensors: names of what goes from layer to layer: hidden_states, and residual if there is one.
     width: elements a token in each of them.
+    layers: FIRST:END that the stage holds, of which the lease has those that Hello asks for.
     """
 
     kv_specs: dict[str, KvSpec]
     kv_bytes: int
     tensors: list[str]
     width: int
+    layers: str
     about: About | None = None
 
 

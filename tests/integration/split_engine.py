@@ -52,6 +52,7 @@ class Answer(msgspec.Struct):
     gaps: list[float]
     cached: int
     aborted: bool
+    finish_reason: str | None = None
 
 
 class Result(msgspec.Struct):
@@ -145,6 +146,7 @@ def _keep(answer: Answer, output: Any) -> None:
     completion = output.outputs[0]
     answer.tokens = list(completion.token_ids)
     answer.cached = output.num_cached_tokens or 0
+    answer.finish_reason = completion.finish_reason
     answer.gaps = []
     for candidates in completion.logprobs or ():
         best = sorted((each.logprob for each in candidates.values()), reverse=True)[:2]

@@ -98,14 +98,19 @@ def test_a_cut_connection_is_a_lost_stage(model, requests, undisturbed, capsys):
     report(played, undisturbed, "connection cut, then a second stage", capsys)
 
 
-def test_without_a_stage_and_without_local_layers_the_engine_says_why(model, requests):
+def test_without_a_stage_and_without_local_layers_requests_end_with_an_error(model, requests):
+    """The engine lives on: the second round's requests end so, too, and do not hang."""
     with stage_of(model, LAYERS) as stage:
         split = split_of(LAYERS, stage.address, local_fallback=False, **SETTINGS)
         dying = Signal(step=5, pid=stage.pid, name="SIGKILL")
-        played = play(engine_of(model) | {"mcp_split": split}, requests[:1], signals=[dying])
-    assert played.result is None
-    assert f"stage {stage.address}" in played.complaint()
-    assert "local_fallback is off" in played.complaint()
+        engine = engine_of(model) | {"mcp_split": split}
+        played = play(engine, requests[:3], requests[:1], signals=[dying])
+    for answers in played.answers:
+        assert {each.finish_reason for each in answers} == {"error"}
+    assert len(played.answers[0][0].tokens) < TOKENS
+    said = [line for line in played.log.splitlines() if "requests end with an error" in line]
+    assert f"nobody can run layers {LAYERS}: stage {stage.address}: " in said[0]
+    assert "local_fallback is off" in said[0]
 
 
 def test_gemma_goes_on_with_local_layers(gemma_model, capsys):

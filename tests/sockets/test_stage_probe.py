@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 from machines import shape_of_layers
-from stages_for_tests import WIDTH, AddingLayers, MeasuredLease, running_stage, stages
+from stages_for_tests import (
+    WIDTH,
+    AddingLayers,
+    MeasuredLease,
+    dialled,
+    running_stage,
+    stages,
+)
 
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.split.errors import SplitError, StageRefused
@@ -91,7 +98,7 @@ def test_who_does_not_measure_must_have_the_stage_s_model() -> None:
     with running_stage() as stage:
         ordinary = stages(stage.address, hello=_hello_of_another_model())
         with pytest.raises(StageRefused, match="not what this stage holds"):
-            ordinary.connect(patient=False)
+            dialled(ordinary)
 
 
 def _hello_of_another_model():

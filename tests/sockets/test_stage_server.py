@@ -13,6 +13,7 @@ from stages_for_tests import (
     HELLO,
     KV_INIT,
     AddingLayers,
+    dialled,
     leased,
     raw_connection,
     rows_of,
@@ -33,7 +34,7 @@ from tests.waiting import wait_for
 def test_a_step_runs_at_the_stage_and_its_rows_come_back(form):
     with running_stage() as stage:
         hello = msgspec.structs.replace(HELLO, form=form)
-        link = stages(stage.address, hello=hello).connect(patient=False)
+        link = dialled(stages(stage.address, hello=hello))
         link.init_kv(KV_INIT, 5.0)
         for number in (1, 2, 3):
             link.begin(number, step_of(5))
@@ -83,8 +84,8 @@ def test_a_silent_stage_is_lost_within_a_second():
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         address = f"127.0.0.1:{frozen.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(SplitError, match="no stage can be used"):
-            stages(address).connect(patient=False)
+        with pytest.raises(SplitError, match="^stage 127"):
+            dialled(stages(address))
         assert time.monotonic() - started < 5
 
 
@@ -101,8 +102,8 @@ def test_the_next_stage_takes_over_from_one_that_is_gone():
     with running_stage() as second:
         with running_stage() as first:
             both = stages(first.address, second.address)
-            assert both.connect(patient=False).stage == first.address
-        assert both.connect(patient=False).stage == second.address
+            assert dialled(both).stage == first.address
+        assert dialled(both).stage == second.address
 
 
 def test_an_engine_waits_for_a_stage_that_loads_and_pings_are_answered_meanwhile():
@@ -110,15 +111,15 @@ def test_an_engine_waits_for_a_stage_that_loads_and_pings_are_answered_meanwhile
     backend.loaded.clear()
     with running_stage(backend) as stage:
         threading.Timer(0.6, backend.loaded.set).start()
-        assert stages(stage.address, heartbeat_ms=50).connect(patient=True).stage == stage.address
+        assert stages(stage.address, heartbeat_ms=50).connect().stage == stage.address
 
 
 def test_in_a_hurry_a_stage_that_loads_counts_as_lost():
     backend = AddingLayers()
     backend.loaded.clear()
     with running_stage(backend) as stage:
-        with pytest.raises(SplitError, match="no stage can be used"):
-            stages(stage.address, connect_ms=200).connect(patient=False)
+        with pytest.raises(SplitError, match="^stage 127"):
+            dialled(stages(stage.address, connect_ms=200))
         backend.loaded.set()
 
 
@@ -127,7 +128,7 @@ def test_an_engine_with_another_model_is_refused_and_told_the_difference(fact):
     with running_stage() as stage:
         hello = msgspec.structs.replace(HELLO, facts=FACTS | {fact: "other"})
         with pytest.raises(StageRefused, match=f"{fact}: ours is '{FACTS[fact]}'") as refusal:
-            stages(stage.address, hello=hello).connect(patient=False)
+            dialled(stages(stage.address, hello=hello))
         assert refusal.value.code == "model"
         assert stage.count("refusals_total", reason="model") == 1
 
@@ -136,7 +137,7 @@ def test_a_second_engine_is_refused_while_all_leases_are_taken():
     with running_stage() as stage:
         first = leased(stage.address)
         with pytest.raises(StageRefused, match="all leases are taken"):
-            stages(stage.address).connect(patient=False)
+            dialled(stages(stage.address))
         first.begin(1, step_of(1))
         first.run(1, [1], rows_of(1))
 
@@ -159,7 +160,7 @@ def test_without_the_right_token_there_is_no_lease(tmp_path, scope, claims, comp
         extra["token_file"] = str(tmp_path / "token")
     with running_stage(security=config) as stage:
         with pytest.raises(StageRefused, match=complaint) as refusal:
-            stages(stage.address, **extra).connect(patient=False)
+            dialled(stages(stage.address, **extra))
         assert refusal.value.code == "access"
         (tmp_path / "token").write_text(issuer.token("stage:run"))
         leased(stage.address, token_file=str(tmp_path / "token"))
@@ -173,7 +174,7 @@ def test_with_tls_an_engine_needs_a_certificate_of_the_ca(tmp_path):
         assert torch.equal(link.run(1, [1], rows_of(32)).hidden, rows_of(32).hidden + 1)
         link.close()
         with pytest.raises(SplitError):
-            stages(stage.address).connect(patient=False)
+            dialled(stages(stage.address))
         wait_for("a free lease", lambda: not stage.backend.leases)
         leased(stage.address, tls=ours)
 

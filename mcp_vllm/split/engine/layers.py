@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,9 +112,11 @@ class AllButSpan:
     """The engine's plan: every layer but [first, end).
 
     Attributes (after the model is built):
-        layers: the model's layers; `layers[first]` is `span`.
-        call: how they are called.
+        layers: the model's layers; `layers[first]` is `gate`.
+        gate: in the place of the span's first layer, wherever that is.
     """
+
+    gate: RemoteSpan
 
     def __init__(self, first: int, end: int, num_layers: int) -> None:
         """Raises LayersUnsupported: the model has no such layers, or none would stay."""
@@ -122,21 +124,23 @@ class AllButSpan:
         self.first, self.end, self._num_layers = first, end, num_layers
         self.layers: torch.nn.ModuleList | None = None
 
-    @property
-    def span(self) -> RemoteSpan:
-        assert self.layers is not None
-        span = self.layers[self.first]
-        assert isinstance(span, RemoteSpan)
-        return span
-
     def make(self, num_layers: int, layer_fn: LayerFn, prefix: str) -> Made:
         _check_only_stack(num_layers, self._num_layers, self.layers, prefix)
         here = [i for i in range(num_layers) if not self.first <= i < self.end]
         made = get_offloader().wrap_modules(layer_fn(prefix=f"{prefix}.{i}") for i in here)
-        call = LayerCall.of(made[0])
-        away = [RemoteSpan(call)] + [PassThrough(call) for _ in range(self.first + 1, self.end)]
+        self.gate = RemoteSpan(LayerCall.of(made[0]))
+        away = [PassThrough(self.gate.call) for _ in range(self.first, self.end)]
         self.layers = torch.nn.ModuleList([*made[: self.first], *away, *made[self.first :]])
+        self.vacate(range(self.first, self.end))
         return 0, num_layers, self.layers
+
+    def vacate(self, indices: Collection[int]) -> None:
+        """Leave these places, which are one span, to the gate; empty: there is none."""
+        assert self.layers is not None
+        for index in indices:
+            self.layers[index] = PassThrough(self.gate.call)
+        if indices:
+            self.layers[min(indices)] = self.gate
 
 
 class OnlySpan:
@@ -160,6 +164,18 @@ class OnlySpan:
             + [PPMissingLayer() for _ in range(self.end, num_layers)]
         )
         return self.first, self.end, self.layers
+
+    def owner(self, model: torch.nn.Module) -> Any:
+        """The module of `model` whose `start_layer` and `end_layer` say which of `layers` run.
+
+        Raises LayersUnsupported.
+        """
+        for module in model.modules():
+            if getattr(module, "layers", None) is self.layers and hasattr(module, "start_layer"):
+                return module
+        raise LayersUnsupported(
+            f"{type(model).__name__} cannot be split: it does not say where its layers begin"
+        )
 
 
 def check_span(first: int, end: int, num_layers: int) -> None:

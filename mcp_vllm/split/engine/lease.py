@@ -27,6 +27,7 @@ from mcp_vllm.split.engine.kv_specs import decode_group
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
+from mcp_vllm.split.spans import Span
 from mcp_vllm.split.wire import Hello, KvInit, Step, Welcome
 
 Rows = tuple[list[int], Activations]
@@ -40,15 +41,20 @@ class Turn:
         layouts: names of the KV cache layouts that they can read, the best one first.
     """
 
-    def __init__(self, layers: dict[str, Any], layouts: list[str]) -> None:
+    def __init__(
+        self, layers: dict[str, Any], layouts: list[str], choose: Callable[[Span], None]
+    ) -> None:
+        """`choose` makes the model run a span of its layers, and no others."""
         self.layers = layers
         self.layouts = layouts
+        self._choose = choose
         self.lock = threading.Lock()
         self._holder: object = None
 
-    def bind(self, lease: object, kv_caches: dict[str, Any]) -> None:
-        """Let the layers use these blocks; the caller holds the lock."""
+    def bind(self, lease: object, span: Span, kv_caches: dict[str, Any]) -> None:
+        """Let the span's layers run with these blocks; the caller holds the lock."""
         if self._holder is not lease:
+            self._choose(span)
             for name, kv_cache in kv_caches.items():
                 self.layers[name].kv_cache = kv_cache
             self._holder = lease
@@ -69,6 +75,7 @@ class StageLease:
         make_runner: Callable[[VllmConfig], Any],
         turn: Turn,
         hello: Hello,
+        span: Span,
         welcome: Welcome,
         on_close: Callable[[], None],
         timer: LayerTimer | None = None,
@@ -76,6 +83,7 @@ class StageLease:
         """Raises StageRefused: the engine's batches do not fit."""
         self.welcome = welcome
         self._hello = hello
+        self._span = span
         self._turn = turn
         self._on_close = on_close
         self._timer = timer
@@ -108,7 +116,7 @@ class StageLease:
         planned = get_kv_cache_config_from_groups(self._config, groups, pool_bytes)
         planned.kv_cache_layout = layout
         with self._turn.lock, set_current_vllm_config(self._config):
-            self._turn.bind(self, {})
+            self._turn.bind(self, self._span, {})
             self._runner.initialize_kv_cache(planned)
             if planned.needs_kv_cache_zeroing and hasattr(self._runner, "_init_kv_zero_meta"):
                 self._runner._init_kv_zero_meta()
@@ -120,7 +128,7 @@ class StageLease:
     def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
         output = self._decode(step)
         with self._turn.lock:
-            self._turn.bind(self, self._kv_caches)
+            self._turn.bind(self, self._span, self._kv_caches)
             rows = _Awaited(lambda: self._rows(step, take))
             result = self._runner.execute_model(output, rows)
             if self._timer is not None:
@@ -131,7 +139,7 @@ class StageLease:
     def settle(self, step: Step) -> None:
         output = self._decode(step)
         with self._turn.lock:
-            self._turn.bind(self, self._kv_caches)
+            self._turn.bind(self, self._span, self._kv_caches)
             self._runner.execute_model(output)
 
     def layer_seconds(self) -> list[float]:
@@ -161,7 +169,7 @@ class StageLease:
             order, activations = take()
         finally:
             self._turn.lock.acquire()
-        self._turn.bind(self, self._kv_caches)
+        self._turn.bind(self, self._span, self._kv_caches)
         counts = dict(step.scheduled)
         if sorted(order) != sorted(counts):
             raise WireError("activations of other requests than the step's")

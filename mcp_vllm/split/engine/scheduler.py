@@ -5,6 +5,7 @@ Chosen by class path (`scheduler_cls`); lives in the engine core's thread.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -12,8 +13,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 
+@dataclass
 class StageLostOutput(ModelRunnerOutput):
-    """What the executor returns for a step that no stage has answered."""
+    """What the executor returns for a step that nobody has answered.
+
+    Attributes:
+        failure: why nobody can answer the next one either; None: somebody will.
+    """
+
+    failure: str | None = None
 
 
 class SplitScheduler(Scheduler):
@@ -26,4 +34,7 @@ class SplitScheduler(Scheduler):
     ) -> Any:
         if isinstance(model_runner_output, StageLostOutput):
             self.reset_prefix_cache(reset_running_requests=True)
+            if model_runner_output.failure is not None:
+                # vLLM's list of requests that `update_from_output` ends with an error.
+                self.grammar_compile_error_reqs.update(self.requests)
         return super().update_from_output(scheduler_output, model_runner_output)

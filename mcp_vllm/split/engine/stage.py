@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import msgspec
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.network_utils import get_file_store_init_method
@@ -20,7 +22,8 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from mcp_vllm.config.address import Address
-from mcp_vllm.config.split import StageConfig, parse_layers
+from mcp_vllm.config.split import AUTO, StageConfig, parse_layers
+from mcp_vllm.split import spans
 from mcp_vllm.split.access import Access
 from mcp_vllm.split.engine.kv_specs import encode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
@@ -34,13 +37,19 @@ from mcp_vllm.split.engine.support import (
     check_supported,
     num_layers,
 )
-from mcp_vllm.split.errors import StageRefused
+from mcp_vllm.split.errors import SplitError, StageRefused
+from mcp_vllm.split.memory import allocatable, is_out_of_memory
+from mcp_vllm.split.plan.read import read_model
+from mcp_vllm.split.spans import Span
 from mcp_vllm.split.stage_http import serve_http
 from mcp_vllm.split.stage_server import StageServer
 from mcp_vllm.split.wire import About, Hello, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 logger = logging.getLogger(__name__)
+
+# Of the free memory, where no limit is given.
+_USED_SHARE = 0.7
 
 
 class StageModel:
@@ -54,7 +63,8 @@ class StageModel:
         """Raises SplitError: this model or configuration cannot be split."""
         check_supported(config)
         self._config = config
-        self._span = parse_layers(stage.layers)
+        self._is_auto = stage.layers == AUTO
+        self._span = _span_of(stage, config)
         self._plan = OnlySpan(*self._span, num_layers(config))
         self._lease_bytes = int(stage.kv_bytes) // stage.leases
         self._max_leases = stage.leases
@@ -78,8 +88,8 @@ class StageModel:
         }
         self._worker.init_worker([kwargs])
         self._worker.init_device()
-        with loading_only(self._plan):
-            self._worker.load_model()
+        while not self._loads():
+            self._shrink()
         current_platform.update_block_size_for_backend(self._config)
         register_all_kvcache_specs(self._config)
         runner = self._worker.worker.model_runner
@@ -97,9 +107,10 @@ class StageModel:
             kv_bytes=self._lease_bytes,
             tensors=sorted(like),
             width=like["hidden_states"].shape[-1],
+            layers=spans.text(self._span),
         )
         self._about = About(
-            layers=f"{self._span[0]}:{self._span[1]}",
+            layers=spans.text(self._span),
             machine=machine_name(),
             memory_bytes=memory_bytes,
             dtypes=native_dtypes(self.device),
@@ -107,14 +118,25 @@ class StageModel:
         )
         layers = self._config.compilation_config.static_forward_context
         layouts = self._worker.worker.get_supported_kv_cache_layouts()
-        self._turn = Turn({name: layers[name] for name in specs}, layouts)
-        self._facts = agreed_facts(self._config, self._span)
+        owner = self._plan.owner(runner.model)
+
+        def choose(span: Span) -> None:
+            owner.start_layer, owner.end_layer = span
+
+        self._turn = Turn({name: layers[name] for name in specs}, layouts, choose)
+        self._facts = agreed_facts(self._config)
+
+    @property
+    def layers(self) -> str:
+        """FIRST:END that are held; fewer than planned, if memory did not suffice."""
+        return spans.text(self._span)
 
     def facts(self) -> Mapping[str, str]:
         self.ready.wait()
         return self._facts
 
     def open(self, hello: Hello) -> StageLease:
+        span = self._asked(hello)
         with self._lock:
             if self._open_leases >= self._max_leases:
                 raise StageRefused(
@@ -123,16 +145,78 @@ class StageModel:
                     f"all {self._max_leases} leases are taken (--leases of the stage)",
                 )
             self._open_leases += 1
-        welcome, timer = self._welcome, None
+        timer = None
         try:
+            welcome = self._welcome_to(span)
             if hello.measuring:
                 welcome, timer = msgspec.structs.replace(welcome, about=self._about), self._timer()
             return StageLease(
-                self._config, self._make_runner, self._turn, hello, welcome, self._closed, timer
+                self._config,
+                self._make_runner,
+                self._turn,
+                hello,
+                span,
+                welcome,
+                self._closed,
+                timer,
             )
         except BaseException:
             self._closed()
             raise
+
+    def _loads(self) -> bool:
+        """Whether memory sufficed for the layers. Raises whatever else vLLM raises."""
+        try:
+            with loading_only(self._plan):
+                self._worker.load_model()
+        except Exception as error:
+            if not is_out_of_memory(error) or not self._is_auto:
+                raise
+            return False
+        return True
+
+    def _shrink(self) -> None:
+        """Plan for fewer layers. Raises SplitError: there was one only."""
+        fewer = spans.smaller(self._span)
+        if fewer is None:
+            raise SplitError(f"out of memory: not even layer {self._span[0]} can be loaded")
+        logger.warning(
+            "out of memory with layers %s: trying %s", spans.text(self._span), spans.text(fewer)
+        )
+        compilation = self._config.compilation_config
+        compilation.static_forward_context.clear()
+        compilation.static_all_moe_layers.clear()
+        self._span = fewer
+        self._plan = OnlySpan(*fewer, num_layers(self._config))
+        gc.collect()
+
+    def _asked(self, hello: Hello) -> Span:
+        """The layers that the engine wants. Raises StageRefused: not all of them are here."""
+        if not hello.layers:
+            return self._span
+        try:
+            asked = parse_layers(hello.layers)
+        except ValueError as error:
+            raise StageRefused("", "protocol", f"layers: {str(error)[:200]}") from None
+        if not spans.within(asked, self._span):
+            raise StageRefused(
+                "",
+                "model",
+                f"layers {hello.layers} are wanted, this stage holds {spans.text(self._span)}",
+            )
+        return asked
+
+    def _welcome_to(self, span: Span) -> Welcome:
+        """With the attention layers of `span`, and what memory there is now for their blocks."""
+        specs = {
+            name: spec
+            for name, spec in self._welcome.kv_specs.items()
+            if span[0] <= extract_layer_index(name) < span[1]
+        }
+        kv_bytes = min(self._lease_bytes, free_bytes())
+        return msgspec.structs.replace(
+            self._welcome, kv_specs=specs, kv_bytes=allocatable(kv_bytes, self.device)
+        )
 
     def _timer(self) -> LayerTimer:
         assert self._plan.layers is not None
@@ -151,6 +235,19 @@ class StageModel:
     def _closed(self) -> None:
         with self._lock:
             self._open_leases -= 1
+
+
+def _span_of(stage: StageConfig, config: VllmConfig) -> Span:
+    """The layers to hold. Raises SplitError: memory does not suffice for one."""
+    if stage.layers != AUTO:
+        return parse_layers(stage.layers)
+    memory_bytes = stage.memory_bytes or int(free_bytes() * _USED_SHARE)
+    shape = read_model(config.model_config.model)
+    span = spans.fitting(
+        [each.weight_bytes for each in shape.layers], memory_bytes - int(stage.kv_bytes)
+    )
+    logger.info("layers %s fit into %d bytes, KV blocks included", spans.text(span), memory_bytes)
+    return span
 
 
 def engine_config(model: str, vllm_args: Sequence[str]) -> VllmConfig:
@@ -185,7 +282,7 @@ def serve_stage(model: str, stage: StageConfig, vllm_args: Sequence[str]) -> Non
     with middle_of_pipeline():
         backend.ready.set()
         logger.info(
-            "stage ready: layers %s of %s at %s:%d", stage.layers, model, listen.host, server.port
+            "stage ready: layers %s of %s at %s:%d", backend.layers, model, listen.host, server.port
         )
         stopped.wait()
         server.stop()

@@ -49,13 +49,12 @@ def num_layers(config: VllmConfig) -> int:
     return int(config.model_config.hf_text_config.num_hidden_layers)
 
 
-def agreed_facts(config: VllmConfig, layers: tuple[int, int]) -> dict[str, str]:
+def agreed_facts(config: VllmConfig) -> dict[str, str]:
     """Names and values that engine and stage must share, the most telling ones first.
 
     Reads the model's weights once: their identity is cached on disk.
     """
     return {
-        "layers": f"{layers[0]}:{layers[1]}",
         **model_facts(config),
         "block_tokens": str(config.cache_config.block_size),
         "vllm": release(vllm_version() or "unknown"),

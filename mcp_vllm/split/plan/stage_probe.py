@@ -62,7 +62,7 @@ def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Fig
         form=config.form,
         measuring=True,
     )
-    link = Stages(config, hello, dtype).connect(patient=True)
+    link = Stages(config, hello, dtype).connect()
     try:
         return _Probe(link, shape, config.load_ms / 1000).measure(load)
     finally:

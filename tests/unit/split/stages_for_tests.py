@@ -56,7 +56,7 @@ class AddingLayers:
 
 
 class AddingLease:
-    welcome = Welcome({"layers.1": SPEC}, 1 << 20, ["hidden_states", "residual"], WIDTH)
+    welcome = Welcome({"layers.1": SPEC}, 1 << 20, ["hidden_states", "residual"], WIDTH, "1:3")
 
     def __init__(self, backend: AddingLayers) -> None:
         self._backend = backend
@@ -136,9 +136,14 @@ def stages(*addresses: str, hello: Hello = HELLO, **settings: object) -> Stages:
     return Stages(config, hello, torch.bfloat16)
 
 
+def dialled(stages: Stages) -> Link:
+    """A lease at the next of the stages, without waiting for it to load."""
+    return stages.dial(next(stages.in_order()), (1, 3))
+
+
 def leased(*addresses: str, **settings: object) -> Link:
     """A link that is ready for steps."""
-    link = stages(*addresses, **settings).connect(patient=False)
+    link = dialled(stages(*addresses, **settings))
     link.init_kv(KV_INIT, 5.0)
     return link
 
