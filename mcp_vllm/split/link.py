@@ -23,12 +23,20 @@ from mcp_vllm.split.activations import Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, connect, expect
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
 from mcp_vllm.split.spans import Span
-from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, Welcome
+from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, StepSeconds, Welcome
 
 logger = logging.getLogger(__name__)
 
 # While a stage loads, its connection threads may wait for the interpreter: ask less impatiently.
 _LOAD_SILENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Rows [tokens, width] after the stage's layers, and the seconds that it needed for them."""
+
+    activations: Activations
+    stage_s: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Link:
             raise StageLost(_unasked(unasked))
         self.channel.send(Kind.STEP, step, step=number, patience=self.patience)
 
-    def run(self, number: int, order: list[int], activations: Activations) -> Activations:
+    def run(self, number: int, order: list[int], activations: Activations) -> Answer:
         """The stage's layers over the rows of step `number`, which has begun.
 
         Args:
@@ -79,7 +87,9 @@ class Link:
         try:
             reply = self._receive(Kind.REPLY, number, self.patience)
             hidden = activations.hidden
-            return self.form.decode(reply.payload, hidden.shape[0], hidden.device)
+            times = wire.decode(StepSeconds, reply.metadata)
+            rows = self.form.decode(reply.payload, hidden.shape[0], hidden.device)
+            return Answer(rows, times.total)
         except StageRefused as error:
             raise StageLost(str(error), "memory" if error.code == "memory" else "gone") from error
         except WireError as error:
@@ -154,6 +164,18 @@ class Stages:
             return self._dial(stage, span, load_until)
         except (SplitError, OSError) as error:
             raise _named(stage, error) from error
+
+    def dial_again(self, stage: str, span: Span) -> Link:
+        """The same at a stage where our lease has just ended: while it gives that back, and
+        finishes the step that was too slow, it is busy."""
+        until = time.monotonic() + self._patience_s(stage)
+        while True:
+            try:
+                return self.dial(stage, span)
+            except StageRefused as error:
+                if error.code != "busy" or time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
 
     def _patience_s(self, stage: str) -> float:
         return self._step_s.get(stage, self._config.step_ms / 1000)

@@ -100,9 +100,7 @@ class Replanner:
         link = statistics.median(each.link for each in self._steps)
         length = span[1] - span[0]
         remote = stage / length
-        candidates: list[Span | None] = [
-            (held[0], end) for end in range(held[0] + 1, held[1] + 1)
-        ]
+        candidates: list[Span | None] = [(held[0], end) for end in range(held[0] + 1, held[1] + 1)]
         if may_be_local:
             candidates.append(None)
 

@@ -257,8 +257,8 @@ class _LeaseThread:
 
         payload = form.encode(lease.run(step, take))
         seconds = time.perf_counter() - started
-        measured = StepSeconds(seconds, lease.layer_seconds()) if self._hello.measuring else None
-        self._channel.send(Kind.REPLY, measured, payload, number)
+        layers = lease.layer_seconds() if self._hello.measuring else []
+        self._channel.send(Kind.REPLY, StepSeconds(seconds, layers), payload, number)
         self._metrics.steps.inc()
         self._metrics.tokens.inc(step.num_tokens)
         self._metrics.step_seconds.observe(time.perf_counter() - started)

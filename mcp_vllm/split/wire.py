@@ -15,12 +15,12 @@ Life of a connection (> from the engine, < from the stage):
     < Ok
     > Step n     a scrubbed scheduler output: what changes and what runs
     > Acts n     the order of the requests in the batch, and their activations
-    < Reply n    the activations after the stage's layers, in the same order
+    < Reply n    the activations after the stage's layers, in the same order, and what it took
       ...        Step of nothing to run has neither Acts nor Reply
     > Bye        or just the end of the connection
 
 A Hello that says `measuring` is for planning: the lease is an ordinary one, its rows are made up,
-and each Reply says what the step took.
+and each Reply says what each layer took.
 
 Steps are numbered from 1, and Acts and Reply carry their step's number: any other is an error.
 At any time each side may send Ping, which is answered by Pong at once, also during a step and
@@ -86,7 +86,7 @@ class Hello(msgspec.Struct, frozen=True):
         form: of activations, one of activations.FORMS.
         layers: FIRST:END that the engine wants, some or all of the stage's; empty: all of them.
         measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
-            Reply has StepSeconds as its metadata.
+            Reply says what each layer took.
     """
 
     facts: dict[str, str]
@@ -120,8 +120,8 @@ class About(msgspec.Struct, frozen=True):
 
 
 class StepSeconds(msgspec.Struct, frozen=True):
-    """What a step took at the stage, from its activations' arrival to the answer, and of that
-    each layer."""
+    """With each Reply: what the step took at the stage, from its activations' arrival to the
+    answer, and of that each layer, if the lease measures."""
 
     total: float
     layers: list[float]

@@ -38,7 +38,7 @@ def test_a_step_runs_at_the_stage_and_its_rows_come_back(form):
         link.init_kv(KV_INIT, 5.0)
         for number in (1, 2, 3):
             link.begin(number, step_of(5))
-            result = link.run(number, [1], rows_of(5))
+            result = link.run(number, [1], rows_of(5)).activations
             if form == "raw":
                 assert torch.equal(result.hidden, rows_of(5).hidden + 1)
                 assert torch.equal(result.residual, rows_of(5).residual + 2)
@@ -65,7 +65,7 @@ def test_a_stage_that_computes_for_long_is_alive():
     with running_stage(AddingLayers(during_step=lambda: time.sleep(0.9))) as stage:
         link = leased(stage.address, lost_ms=400, heartbeat_ms=50)
         link.begin(1, step_of(2))
-        assert link.run(1, [1], rows_of(2)).hidden.shape == (2, 8)
+        assert link.run(1, [1], rows_of(2)).activations.hidden.shape == (2, 8)
 
 
 def test_a_stage_that_never_ends_a_step_is_lost_after_the_step_deadline():
@@ -84,7 +84,7 @@ def test_a_silent_stage_is_lost_within_a_second():
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         address = f"127.0.0.1:{frozen.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(SplitError, match="^stage 127"):
+        with pytest.raises(SplitError, match=r"^stage 127"):
             dialled(stages(address))
         assert time.monotonic() - started < 5
 
@@ -118,7 +118,7 @@ def test_in_a_hurry_a_stage_that_loads_counts_as_lost():
     backend = AddingLayers()
     backend.loaded.clear()
     with running_stage(backend) as stage:
-        with pytest.raises(SplitError, match="^stage 127"):
+        with pytest.raises(SplitError, match=r"^stage 127"):
             dialled(stages(stage.address, connect_ms=200))
         backend.loaded.set()
 
@@ -171,7 +171,7 @@ def test_with_tls_an_engine_needs_a_certificate_of_the_ca(tmp_path):
     with running_stage(security=StageSecurity.model_validate({"tls": ours})) as stage:
         link = leased(stage.address, tls=ours)
         link.begin(1, step_of(32))
-        assert torch.equal(link.run(1, [1], rows_of(32)).hidden, rows_of(32).hidden + 1)
+        assert torch.equal(link.run(1, [1], rows_of(32)).activations.hidden, rows_of(32).hidden + 1)
         link.close()
         with pytest.raises(SplitError):
             dialled(stages(stage.address))

@@ -2,7 +2,8 @@
 
 import importlib.util
 
-NEED_TORCH = ["hf/test_hf_cache.py", "session/test_delta.py", "split/test_activations.py"]
+NEED_TORCH = ["hf/test_hf_cache.py", "session/test_delta.py"]
+NEED_TORCH += ["split/test_activations.py", "split/test_memory.py"]
 
 collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
 

@@ -12,6 +12,7 @@ what runs, and before the next step another stage or local layers take over.
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,17 +21,20 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
-from mcp_vllm.config.split import SplitConfig
+from mcp_vllm.config.split import SplitConfig, parse_layers
+from mcp_vllm.split import spans
 from mcp_vllm.split.activations import Activations
-from mcp_vllm.split.engine.kv_specs import decode_spec
-from mcp_vllm.split.engine.layers import AllButSpan, building
 from mcp_vllm.split.engine.held import HeldLayers
-from mcp_vllm.split.engine.scheduler import StageLostOutput
+from mcp_vllm.split.engine.kv_specs import decode_spec
+from mcp_vllm.split.engine.layer_timer import LayerTimer
+from mcp_vllm.split.engine.layers import AllButSpan, building
+from mcp_vllm.split.engine.scheduler import MovingOutput, StageLostOutput
 from mcp_vllm.split.engine.steps import StepEncoder
 from mcp_vllm.split.engine.support import agreed_facts, check_supported, num_layers
-from mcp_vllm.split.engine.takeover import Takeover
+from mcp_vllm.split.engine.takeover import AtStage, Takeover
 from mcp_vllm.split.errors import SplitError, StageLost
 from mcp_vllm.split.link import Link, Stages
+from mcp_vllm.split.replan import Change, DecodeStep, Replanner
 from mcp_vllm.split.wire import Hello, Step
 from mcp_vllm.vllm_plugin.split_settings import SETTINGS_KEY
 
@@ -50,6 +54,9 @@ class SplitExecutor(UniProcExecutor):
         self._lost: StageLost | None = None
         self._last: tuple[StageLost | None, str | None] = (None, None)
         self._failure: str | None = None
+        self._timer: LayerTimer | None = None
+        self._answered: tuple[float, float] | None = None
+        self._change: Change | None = None
         self._number = 0
         self._step: Step | None = None
         with building(self._plan):
@@ -75,22 +82,37 @@ class SplitExecutor(UniProcExecutor):
         worker = self.driver_worker.worker
         self._held = HeldLayers(self.vllm_config, self._plan, worker, kv_cache_configs)
         self._takeover = Takeover(self._split, self._stages, self._held)
+        self._replanner = Replanner(self._split.replan_s, self._held.has_room)
+        if self._split.replan_s:
+            assert self._plan.layers is not None
+            self._timer = LayerTimer([self._plan.layers[0]], worker.model_runner.device)
         self._link.init_kv(self._held.kv_init(self._split.span), self._split.load_ms / 1000)
         super().initialize_from_config(kv_cache_configs)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
+        if self._change is not None:
+            self._move(self._change)
         if self._link is None and self._held.span is not None:
             self._take_over(scheduler_output)
         self._begin(scheduler_output)
+        started = time.perf_counter()
         try:
-            return super().execute_model(scheduler_output, non_block)
+            result = super().execute_model(scheduler_output, non_block)
+            self._observe(scheduler_output, time.perf_counter() - started)
+            return result
         except StageLost as error:
             self._note_loss(error)
             return _answer(StageLostOutput([], {}, failure=self._failure), non_block)
         finally:
             self._step = None
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        output = super().sample_tokens(grammar_output, non_block)
+        if self._change is not None and isinstance(output, ModelRunnerOutput):
+            return MovingOutput.of(output)
+        return output
 
     def shutdown(self) -> None:
         if getattr(self, "_link", None) is not None:
@@ -123,14 +145,53 @@ class SplitExecutor(UniProcExecutor):
         order = self._encoder.order(runner.input_batch.req_ids)
         hidden, residual = activations.hidden, activations.residual
         used = Activations(hidden[:num_tokens], None if residual is None else residual[:num_tokens])
-        result = self._link.run(self._number, order, used)
+        started = time.perf_counter()
+        answer = self._link.run(self._number, order, used)
+        self._answered = answer.stage_s, time.perf_counter() - started
         self._takeover.note_success()
+        result = answer.activations
         if hidden.shape[0] == num_tokens:
             return result
         hidden[:num_tokens] = result.hidden
         if residual is not None:
             residual[:num_tokens] = result.residual
         return activations
+
+    def _observe(self, output: SchedulerOutput, whole_s: float) -> None:
+        """Let a decode step that a stage has answered count for the next plan."""
+        answered, self._answered = self._answered, None
+        counts = output.num_scheduled_tokens.values()
+        if self._timer is None or answered is None or set(counts) != {1}:
+            return
+        stage_s, exchange_s = answered
+        span = self._held.span
+        assert self._link is not None
+        assert span is not None
+        step = DecodeStep(whole_s, self._timer.seconds[0], stage_s, exchange_s - stage_s)
+        held = parse_layers(self._link.welcome.layers)
+        may_be_local = self._split.local_fallback
+        self._change = self._replanner.observe(step, time.monotonic(), span, held, may_be_local)
+
+    def _move(self, change: Change) -> None:
+        """To a split that is better for good; the scheduler has preempted what ran."""
+        link, self._change = self._link, None
+        assert link is not None
+        wanted = None if change.span is None else AtStage(link.stage, change.span, again=True)
+        logger.warning(
+            "decode steps take %.1f ms and would take %.1f with %s: moving",
+            change.now_s * 1000,
+            change.then_s * 1000,
+            "local layers"
+            if change.span is None
+            else f"layers {spans.text(change.span)} elsewhere",
+        )
+        self._link = None
+        link.close()
+        self._last = None, link.stage
+        try:
+            self._use(self._takeover.take(wanted))
+        except SplitError as error:
+            logger.warning("layers stay elsewhere: %s", error)
 
     def _note_loss(self, error: StageLost) -> None:
         if self._link is not None:
@@ -156,6 +217,7 @@ class SplitExecutor(UniProcExecutor):
         self._last = None, None
         self._encoder = StepEncoder()
         self._number = 0
+        self._replanner.forget()
 
     def _hello(self) -> Hello:
         config = self.vllm_config

@@ -1,4 +1,4 @@
-"""The layers that the engine holds itself, and their KV blocks: which ones can change between steps.
+"""The layers that the engine holds itself, and their KV blocks: both can change between steps.
 
 Layers that come are loaded as a stage loads them and put in the places that the engine's model
 keeps for them; those that go leave a gate and empty places behind. Then the worker's KV blocks are
@@ -41,6 +41,9 @@ from mcp_vllm.split.wire import KvInit, KvSpec
 
 logger = logging.getLogger(__name__)
 
+# Of the free memory, when layers come without need.
+_USED_SHARE = 0.7
+
 
 class HeldLayers:
     """Owned by the executor.
@@ -77,9 +80,7 @@ class HeldLayers:
     def kv_specs(self, span: Span) -> dict[str, KvSpec]:
         """What the attention layers of `span` are expected to be."""
         return {
-            name: encode_spec(spec)
-            for name, spec in self._specs().items()
-            if _is_in(name, span)
+            name: encode_spec(spec) for name, spec in self._specs().items() if _is_in(name, span)
         }
 
     def needed_bytes(self, span: Span | None) -> int:
@@ -93,6 +94,10 @@ class HeldLayers:
             raise SplitError(
                 f"the layers do not fit here: they take {needed >> 20} MiB, {free >> 20} are free"
             )
+
+    def has_room(self, span: Span | None) -> bool:
+        """Whether moving to `span` would leave a good part of what is free unused."""
+        return self.needed_bytes(span) < _USED_SHARE * free_bytes()
 
     def move(self, span: Span | None) -> None:
         """Hold all layers but those of `span`; None: all of them. KV blocks are empty then.

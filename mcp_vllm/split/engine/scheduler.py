@@ -5,7 +5,7 @@ Chosen by class path (`scheduler_cls`); lives in the engine core's thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -24,6 +24,15 @@ class StageLostOutput(ModelRunnerOutput):
     failure: str | None = None
 
 
+@dataclass
+class MovingOutput(ModelRunnerOutput):
+    """What the executor returns for the last step before layers move: its tokens count."""
+
+    @classmethod
+    def of(cls, output: ModelRunnerOutput) -> MovingOutput:
+        return cls(**{each.name: getattr(output, each.name) for each in fields(ModelRunnerOutput)})
+
+
 class SplitScheduler(Scheduler):
     """The stage's KV blocks are gone with it, those of finished requests' prefixes included: so
     requests are preempted and the prefix cache is emptied. No token is lost, and none of this
@@ -37,4 +46,7 @@ class SplitScheduler(Scheduler):
             if model_runner_output.failure is not None:
                 # vLLM's list of requests that `update_from_output` ends with an error.
                 self.grammar_compile_error_reqs.update(self.requests)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if isinstance(model_runner_output, MovingOutput):
+            self.reset_prefix_cache(reset_running_requests=True)
+        return outputs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.split import spans
@@ -20,8 +21,18 @@ from mcp_vllm.split.spans import Span
 
 logger = logging.getLogger(__name__)
 
-# A stage, or None: the engine itself; and the layers that it shall have.
-Way = tuple[str, Span] | None
+
+@dataclass(frozen=True)
+class AtStage:
+    """A stage, and the layers that it shall have; `again`: our lease there has just ended."""
+
+    stage: str
+    span: Span
+    again: bool = False
+
+
+# None: the engine itself has all layers.
+Way = AtStage | None
 
 
 class Takeover:
@@ -66,11 +77,10 @@ class Takeover:
             self._held.move(None)
             link, where = None, "local layers"
         else:
-            stage, span = way
-            self._held.check_room(span)
-            link = self._leased(stage, span)
-            where = f"stage {stage}"
-            self._span = span
+            self._held.check_room(way.span)
+            link = self._leased(way)
+            where = f"stage {way.stage}"
+            self._span = way.span
         logger.warning(
             "layers %s: %s took over after %.2f s; running requests are recomputed",
             spans.text(self._span),
@@ -84,17 +94,18 @@ class Takeover:
             if lost.cause == "slow" and stage != self._given_time:
                 self._given_time = stage
                 self._stages.give_time(stage)
-                yield stage, self._span
+                yield AtStage(stage, self._span, again=True)
             fewer = spans.smaller(self._span)
             if lost.cause == "memory" and fewer is not None:
-                yield stage, fewer
+                yield AtStage(stage, fewer, again=True)
         for each in self._stages.in_order():
-            yield each, self._span
+            yield AtStage(each, self._span)
         if self._config.local_fallback:
             yield None
 
-    def _leased(self, stage: str, span: Span) -> Link:
-        link = self._stages.dial(stage, span)
+    def _leased(self, way: AtStage) -> Link:
+        stage, span = way.stage, way.span
+        link = (self._stages.dial_again if way.again else self._stages.dial)(stage, span)
         try:
             if link.welcome.kv_specs != self._held.kv_specs(span):
                 raise SplitError(f"stage {stage} has other attention layers")

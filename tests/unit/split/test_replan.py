@@ -19,9 +19,10 @@ class Served:
         """What is proposed within so many windows."""
         proposed = None
         for _ in range(count * (STEPS + 1)):
-            proposed = self.replanner.observe(
-                step, self.now, self.span, HELD, self.may_be_local
-            ) or proposed
+            proposed = (
+                self.replanner.observe(step, self.now, self.span, HELD, self.may_be_local)
+                or proposed
+            )
             self.now += 1.0 / STEPS
         return proposed
 
