@@ -3,9 +3,9 @@
     python benchmarks/split_plan.py [--models llama,gemma] [--json FILE]
 
 For each model: this machine and a stage are measured as the command measures them (the stage holds
-all layers but the first and the last), each link through the stage. Then, for splits that were not
-measured, a real stage and a real engine run prompts of three lengths over a shaped link, and both
-times are compared. Repeated times count with their lower quartile, measured and predicted alike:
+all layers but the first and the last), each link through the stage. Then a real engine, which uses
+one span of the stage's layers after the other, runs prompts of three lengths over a shaped link,
+and both times are compared. Repeated times count with their lower quartile, measured and predicted alike:
 other processes only ever make a step slower.
 """
 
@@ -52,7 +52,7 @@ SPLITS: dict[str, list[Split]] = {
 }
 # Name, delay one way in seconds, bytes a second each way.
 LINKS = (("loopback", 0.0, None), ("20 ms", 0.010, None), ("100 Mbit/s", 0.0, 12.5e6))
-PATIENT = {"lost_ms": 20_000, "step_ms": 120_000, "connect_ms": 10_000}
+PATIENT = {"lost_ms": 20_000, "step_ms": 120_000, "connect_ms": 10_000, "replan_s": 0}
 LONGEST = Load(max(p for p, _ in PROMPTS), ANSWER, max(b for _, b in PROMPTS), BUDGET)
 
 
@@ -95,6 +95,11 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     shape = read_model(str(model))
     whole = (1, shape.num_layers - 1)
     links: dict[str, LinkFit] = {}
+    request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
+    engine_figures = measure_here(request)
+    _keep(keep, f"{name}-engine", engine_figures)
+    local = fit_machine(engine_figures, shape, "--local", as_stage=False)
+    rows = []
     with stage_at(model, whole) as (stage, shaped):
         stage.wait_ready()
         for label, shaped.delay_s, shaped.bytes_s in LINKS:
@@ -104,17 +109,12 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
             if label == LINKS[0][0]:
                 _keep(keep, f"{name}-stage", figures)
                 cloud = fit_machine(figures, shape, "--cloud", as_stage=True)
-    request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
-    engine_figures = measure_here(request)
-    _keep(keep, f"{name}-engine", engine_figures)
-    local = fit_machine(engine_figures, shape, "--local", as_stage=False)
-    print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
-    rows = []
-    for split in SPLITS[name]:
-        with stage_at(model, split) as (_, shaped):
-            shaped.delay_s, shaped.bytes_s = 0.0, None
-            config = _config(split, shaped).model_dump(mode="json")
-            with engine(model, mcp_split=json.dumps(config)) as process:
+        print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
+        shaped.delay_s, shaped.bytes_s = 0.0, None
+        config = _config(SPLITS[name][0], shaped).model_dump(mode="json")
+        with engine(model, mcp_split=json.dumps(config)) as process:
+            for split in SPLITS[name]:
+                _tell(process, {"layers": split})
                 for label, shaped.delay_s, shaped.bytes_s in LINKS:
                     costs = CostModel(shape, local, cloud, links[label])
                     for prompt, batch in PROMPTS:

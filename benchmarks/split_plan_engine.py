@@ -1,6 +1,7 @@
 """One engine that is told, line by line, what to run, and answers with times. For split_plan.py.
 
 {"engine": {...}}                                      once: the engine's arguments
+{"layers": [2, 6]}                                     these layers run at the stage from now on
 {"prompt": 160, "answer": 12, "batch": 1, "repeat": 4}  -> {"ttft_s": [...], "token_s": [...]}
 """
 
@@ -24,6 +25,10 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if "layers" in asked:
+            move(engine, tuple(asked["layers"]))
+            print(json.dumps({"moved": True}), file=out, flush=True)
+            continue
         ttft_s: list[float] = []
         token_s: list[float] = []
         for repeat in range(asked["repeat"] + 1):
@@ -33,6 +38,13 @@ def main() -> None:
                 ttft_s.append(first)
                 token_s += rest
         print(json.dumps({"ttft_s": ttft_s, "token_s": token_s}), file=out, flush=True)
+
+
+def move(engine: Any, span: tuple[int, int]) -> None:
+    """As after a new plan, between two requests."""
+    from mcp_vllm.split.replan import Change
+
+    engine.engine_core.engine_core.model_executor._change = Change(span, 0.0, 0.0)
 
 
 def run(engine: Any, name: str, asked: dict[str, int]) -> tuple[float, list[float]]:
