@@ -5,8 +5,8 @@
 For each model: this machine and a stage are measured as the command measures them (the stage holds
 all layers but the first and the last), each link through the stage. Then a real engine, which uses
 one span of the stage's layers after the other, runs prompts of three lengths over a shaped link,
-and both times are compared. Repeated times count with their lower quartile, measured and predicted alike:
-other processes only ever make a step slower.
+and both times are compared. Repeated times count with their lower quartile, measured and predicted
+alike: other processes only ever make a step slower.
 """
 
 import argparse

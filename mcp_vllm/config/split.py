@@ -74,6 +74,10 @@ class SplitConfig(Section):
     """Activations on the wire: `raw` is exact; `fold` sends half of it, `fp8` a quarter, and both
     change results a little."""
 
+    stage_dtype: Literal["float16", "bfloat16"] | None = None
+    """What the stages compute in, where that is another 16-bit type than the engine's `--dtype`;
+    unset: the same. Activations travel in the engine's."""
+
     local_fallback: bool = True
     """Load the layers into this engine when no stage is left."""
 

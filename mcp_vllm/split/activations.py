@@ -22,6 +22,7 @@ from mcp_vllm.split.errors import WireError
 
 RAW, FOLD, FP8 = "raw", "fold", "fp8"
 FORMS = (RAW, FOLD, FP8)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 _SCALE_BYTES = 4
@@ -33,6 +34,13 @@ class Activations:
 
     hidden: torch.Tensor
     residual: torch.Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Activations:
+        """The same in another dtype; itself, if that is its own."""
+        if self.hidden.dtype == dtype:
+            return self
+        residual = None if self.residual is None else self.residual.to(dtype)
+        return Activations(self.hidden.to(dtype), residual)
 
 
 @dataclass(frozen=True)

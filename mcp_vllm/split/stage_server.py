@@ -23,7 +23,7 @@ import torch
 from mcp_vllm.session.fingerprint import Fingerprint
 from mcp_vllm.split import wire
 from mcp_vllm.split.access import Access, AccessDenied
-from mcp_vllm.split.activations import FORMS, Activations, Form
+from mcp_vllm.split.activations import DTYPES, FORMS, Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
 from mcp_vllm.split.memory import is_out_of_memory
@@ -227,9 +227,8 @@ class _LeaseThread:
 
     def _serve(self, lease: Lease) -> None:
         welcome = lease.welcome
-        form = Form(
-            self._hello.form, welcome.width, self._backend.dtype, "residual" in welcome.tensors
-        )
+        dtype = DTYPES.get(self._hello.dtype, self._backend.dtype)
+        form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         self._channel.send(Kind.WELCOME, welcome)
         lease.init_kv(wire.decode(KvInit, expect(self._take(), Kind.KV_INIT).metadata))
@@ -253,9 +252,9 @@ class _LeaseThread:
             started = time.perf_counter()
             order = wire.decode(Acts, message.metadata).order
             rows = form.decode(message.payload, step.num_tokens, self._backend.device)
-            return order, rows
+            return order, rows.to(self._backend.dtype)
 
-        payload = form.encode(lease.run(step, take))
+        payload = form.encode(lease.run(step, take).to(form.dtype))
         seconds = time.perf_counter() - started
         layers = lease.layer_seconds() if self._hello.measuring else []
         self._channel.send(Kind.REPLY, StepSeconds(seconds, layers), payload, number)
@@ -288,6 +287,8 @@ def _check_facts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
 def _check_bounds(hello: Hello) -> None:
     if hello.form not in FORMS:
         raise StageRefused("", "protocol", f"unknown form of activations {hello.form[:20]!r}")
+    if hello.dtype not in ("", *DTYPES):
+        raise StageRefused("", "protocol", f"unknown dtype {hello.dtype[:20]!r}")
     for name, value, most in (
         ("max_model_len", hello.max_model_len, wire.MAX_MODEL_LEN),
         ("max_requests", hello.max_requests, wire.MAX_REQUESTS),

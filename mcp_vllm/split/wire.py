@@ -84,6 +84,7 @@ class Hello(msgspec.Struct, frozen=True):
         max_requests: requests a step may have.
         max_tokens: tokens a step may have.
         form: of activations, one of activations.FORMS.
+        dtype: of the activations, if it is not the stage's own; one of activations.DTYPES.
         layers: FIRST:END that the engine wants, some or all of the stage's; empty: all of them.
         measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
             Reply says what each layer took.
@@ -97,6 +98,7 @@ class Hello(msgspec.Struct, frozen=True):
     token: str | None = None
     measuring: bool = False
     layers: str = ""
+    dtype: str = ""
 
 
 # A KV cache spec of vLLM: the name of its class, and its fields.

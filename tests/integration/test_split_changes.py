@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.integration.split_engine import Request, rss_anon_bytes
+from tests.integration.split_engine import Request, Signal, rss_anon_bytes
 from tests.integration.split_parts import (
     assert_same_or_near_tie,
     assert_same_tokens,
@@ -187,3 +187,29 @@ def test_two_engines_use_other_layers_of_one_stage(gemma_model):
             each.join()
     for span in spans:
         assert_same_tokens(answers[span], reference)
+
+
+def test_float16_here_and_bfloat16_at_the_stage(tiny_model, capsys):
+    """Also when the layers come home, where they are float16."""
+    model, made = tiny_model("llama"), requests(6, 24)
+    reference = play(engine_of(model, dtype="float16"), made).answers[0]
+    vllm_args = ("--block-size", "32", "--max-model-len", "1024", "--dtype", "bfloat16")
+    with stage_of(model, "1:3", vllm_args=vllm_args, name="bf16") as stage:
+        stage.wait_ready()
+        engine = engine_of(model, dtype="float16")
+        wrong = play(engine | {"mcp_split": split_of("1:3", stage.address)}, made)
+        split = split_of("1:3", stage.address, stage_dtype="bfloat16")
+        dying = Signal(step=12, pid=stage.pid, name="SIGKILL")
+        mixed = play(engine | {"mcp_split": split}, made, signals=[dying])
+    assert "dtype: ours is 'bfloat16', theirs is 'float16'" in wrong.complaint()
+    assert mixed.result is not None, mixed.log[-5000:]
+    assert mixed.result.kv_layers == 4
+    pairs = [
+        pair
+        for a, b in zip(mixed.answers[0], reference, strict=True)
+        for pair in zip(a.tokens, b.tokens, strict=True)
+    ]
+    same = sum(a == b for a, b in pairs) / len(pairs)
+    with capsys.disabled():
+        print(f"\nfloat16 with layers 1:3 in bfloat16: {same:.0%} of tokens as all in float16")
+    assert same > 0.5

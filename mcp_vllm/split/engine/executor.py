@@ -16,6 +16,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -23,14 +24,20 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from mcp_vllm.config.split import SplitConfig, parse_layers
 from mcp_vllm.split import spans
-from mcp_vllm.split.activations import Activations
+from mcp_vllm.split.activations import DTYPES, Activations
 from mcp_vllm.split.engine.held import HeldLayers
-from mcp_vllm.split.engine.kv_specs import decode_spec
+from mcp_vllm.split.engine.kv_specs import decode_spec, in_dtype
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.layers import AllButSpan, building
 from mcp_vllm.split.engine.scheduler import MovingOutput, StageLostOutput
 from mcp_vllm.split.engine.steps import StepEncoder
-from mcp_vllm.split.engine.support import agreed_facts, check_supported, num_layers
+from mcp_vllm.split.engine.support import (
+    agreed_facts,
+    check_dtypes,
+    check_supported,
+    num_layers,
+    warn_if_slow,
+)
 from mcp_vllm.split.engine.takeover import AtStage, Takeover
 from mcp_vllm.split.errors import SplitError, StageLost
 from mcp_vllm.split.link import Link, Stages
@@ -49,6 +56,7 @@ class SplitExecutor(UniProcExecutor):
         config = self.vllm_config
         self._split = SplitConfig.load(config.additional_config[SETTINGS_KEY])
         check_supported(config)
+        check_dtypes(config.model_config.dtype, self._split.stage_dtype)
         self._plan = AllButSpan(*self._split.span, num_layers(config))
         self._link: Link | None = None
         self._lost: StageLost | None = None
@@ -64,13 +72,17 @@ class SplitExecutor(UniProcExecutor):
         self._plan.gate.exchange = self._exchange
         self._stages = Stages(self._split, self._hello(), config.model_config.dtype)
         self._link = self._stages.connect()
+        warn_if_slow(config, self.driver_worker.worker.device)
         self._encoder = StepEncoder()
         logger.info("layers %s run at stage %s", self._split.layers, self._link.stage)
 
     def get_kv_cache_specs(self) -> list[dict[str, KVCacheSpec]]:
         assert self._link is not None
-        specs = self._link.welcome.kv_specs.items()
-        remote = {name: decode_spec(spec) for name, spec in specs}
+        ours, theirs = self.vllm_config.model_config.dtype, self._stage_dtype
+        remote = {
+            name: in_dtype(decode_spec(spec), ours, theirs)
+            for name, spec in self._link.welcome.kv_specs.items()
+        }
         return [*super().get_kv_cache_specs(), remote]
 
     def determine_available_memory(self) -> list[int]:
@@ -80,7 +92,9 @@ class SplitExecutor(UniProcExecutor):
     def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         assert self._link is not None
         worker = self.driver_worker.worker
-        self._held = HeldLayers(self.vllm_config, self._plan, worker, kv_cache_configs)
+        self._held = HeldLayers(
+            self.vllm_config, self._plan, worker, kv_cache_configs, self._stage_dtype
+        )
         self._takeover = Takeover(self._split, self._stages, self._held)
         self._replanner = Replanner(self._split.replan_s, self._held.has_room)
         if self._split.replan_s:
@@ -219,15 +233,26 @@ class SplitExecutor(UniProcExecutor):
         self._number = 0
         self._replanner.forget()
 
+    @property
+    def _stage_dtype(self) -> torch.dtype:
+        name = self._split.stage_dtype
+        ours: torch.dtype = self.vllm_config.model_config.dtype
+        return ours if name is None else DTYPES[name]
+
     def _hello(self) -> Hello:
         config = self.vllm_config
         return Hello(
-            facts=agreed_facts(config),
+            facts=agreed_facts(config) | {"dtype": _name(self._stage_dtype)},
             max_model_len=config.model_config.max_model_len,
             max_requests=config.scheduler_config.max_num_seqs,
             max_tokens=config.scheduler_config.max_num_batched_tokens,
             form=self._split.form,
+            dtype=_name(config.model_config.dtype),
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _answer(lost: StageLostOutput, non_block: bool) -> Any:

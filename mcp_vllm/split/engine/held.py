@@ -13,6 +13,7 @@ import logging
 from functools import cached_property
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
@@ -29,7 +30,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
-from mcp_vllm.split.engine.kv_specs import encode_group, encode_spec
+from mcp_vllm.split.engine.kv_specs import encode_group, encode_spec, in_dtype
 from mcp_vllm.split.engine.layers import AllButSpan, OnlySpan
 from mcp_vllm.split.engine.machine import free_bytes
 from mcp_vllm.split.engine.middle import loading_only
@@ -53,14 +54,20 @@ class HeldLayers:
     """
 
     def __init__(
-        self, config: VllmConfig, plan: AllButSpan, worker: Any, parts: list[KVCacheConfig]
+        self,
+        config: VllmConfig,
+        plan: AllButSpan,
+        worker: Any,
+        parts: list[KVCacheConfig],
+        stage_dtype: torch.dtype,
     ) -> None:
-        """`parts` are the KV configurations of the worker and of the stage."""
+        """`parts` are the KV configurations of the worker and of the stage, both in our dtype."""
         self._config = config
         self._plan = plan
         self._worker = worker
         local, remote = parts
         self._kv = local
+        self._stage_dtype = stage_dtype
         self._groups = [
             _merged(*pair)
             for pair in zip(local.kv_cache_groups, remote.kv_cache_groups, strict=True)
@@ -72,7 +79,9 @@ class HeldLayers:
         return KvInit(
             num_blocks=self._kv.num_blocks,
             layout=self._kv.kv_cache_layout,
-            groups=[encode_group(each) for each in self._projected(span, inside=True)],
+            groups=[
+                encode_group(self._at_stage(each)) for each in self._projected(span, inside=True)
+            ],
             hash_block_size=self._kv.hash_block_size,
             alignment=self._kv.cache_hit_alignment_tokens,
         )
@@ -80,7 +89,9 @@ class HeldLayers:
     def kv_specs(self, span: Span) -> dict[str, KvSpec]:
         """What the attention layers of `span` are expected to be."""
         return {
-            name: encode_spec(spec) for name, spec in self._specs().items() if _is_in(name, span)
+            name: encode_spec(self._spec_at_stage(spec))
+            for name, spec in self._specs().items()
+            if _is_in(name, span)
         }
 
     def needed_bytes(self, span: Span | None) -> int:
@@ -161,6 +172,18 @@ class HeldLayers:
             if (span is not None and _is_in(name, span)) == inside
         }
         return _project_kv_cache_groups_to_worker(self._groups, chosen)
+
+    def _at_stage(self, group: KVCacheGroupSpec) -> KVCacheGroupSpec:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            specs = {name: self._spec_at_stage(each) for name, each in spec.kv_cache_specs.items()}
+            spec = UniformTypeKVCacheSpecs(block_size=spec.block_size, kv_cache_specs=specs)
+        else:
+            spec = self._spec_at_stage(spec)
+        return KVCacheGroupSpec(list(group.layer_names), spec)
+
+    def _spec_at_stage(self, spec: KVCacheSpec) -> KVCacheSpec:
+        return in_dtype(spec, self._stage_dtype, self._config.model_config.dtype)
 
     def _specs(self) -> dict[str, KVCacheSpec]:
         specs: dict[str, KVCacheSpec] = {}

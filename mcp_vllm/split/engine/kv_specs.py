@@ -71,6 +71,14 @@ def decode_spec(encoded: KvSpec) -> KVCacheSpec:
         raise WireError(f"{name}: {str(error)[:200]}") from None
 
 
+def in_dtype(spec: KVCacheSpec, dtype: torch.dtype, instead_of: torch.dtype) -> KVCacheSpec:
+    """The spec of the same layer where the model computes in `dtype`: blocks of the same size.
+    Blocks of a type of their own, as fp8, keep it."""
+    if getattr(spec, "dtype", None) != instead_of:
+        return spec
+    return dataclasses.replace(spec, dtype=dtype)  # type: ignore[call-arg]
+
+
 def encode_group(group: KVCacheGroupSpec) -> KvGroup:
     """Raises StageRefused."""
     spec = group.kv_cache_spec

@@ -36,6 +36,7 @@ from mcp_vllm.split.engine.support import (
     agreed_facts,
     check_supported,
     num_layers,
+    warn_if_slow,
 )
 from mcp_vllm.split.errors import SplitError, StageRefused
 from mcp_vllm.split.memory import allocatable, is_out_of_memory
@@ -94,6 +95,7 @@ class StageModel:
         register_all_kvcache_specs(self._config)
         runner = self._worker.worker.model_runner
         self.device = runner.device
+        warn_if_slow(self._config, self.device)
         with set_current_vllm_config(self._config):
             specs = self._worker.worker.get_kv_cache_spec()
         like = runner.model.make_empty_intermediate_tensors(1, self.dtype, self.device).tensors

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
+import torch
 from vllm.config import CompilationMode, VllmConfig
 
+from mcp_vllm.split.engine.machine import native_dtypes
 from mcp_vllm.split.errors import SplitError
 from mcp_vllm.vllm_plugin.compat import release, vllm_version
 from mcp_vllm.vllm_plugin.fingerprint import model_facts
+
+logger = logging.getLogger(__name__)
 
 
 class SplitUnsupported(SplitError):
@@ -42,6 +48,27 @@ def check_supported(config: VllmConfig) -> None:
         raise SplitUnsupported(
             f"{model.architectures[0]} cannot be split: vLLM's implementation does not support "
             "pipeline parallelism"
+        )
+
+
+def check_dtypes(ours: torch.dtype, stage: str | None) -> None:
+    """Raises SplitUnsupported: KV blocks of the two sides would differ in size."""
+    if stage is not None and ours.itemsize != 2:
+        raise SplitUnsupported(
+            f"stage_dtype {stage} goes with --dtype float16 or bfloat16, not with {ours}"
+        )
+
+
+def warn_if_slow(config: VllmConfig, device: torch.device) -> None:
+    """Say so when this machine has no instructions for the model's dtype."""
+    name = str(config.model_config.dtype).removeprefix("torch.")
+    native = native_dtypes(device)
+    if name not in native:
+        logger.warning(
+            "this machine does not compute in %s, only in %s: steps are slow; each side may "
+            "have a --dtype of its own (stage_dtype)",
+            name,
+            ", ".join(native),
         )
 
 
