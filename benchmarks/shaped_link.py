@@ -90,6 +90,44 @@ def network_link(mbit_s: int) -> Iterator[ShapedLink]:
         yield ShapedLink(what, (places[0], places[1]), mbit_s * 1e6 / 8)
 
 
+@dataclass(frozen=True)
+class FarPlace:
+    """A network namespace beside this one, with a veth pair between: for one server.
+
+    Attributes:
+        prefix: in front of the server's command.
+        host: the server's address, as seen from here and from there.
+    """
+
+    prefix: tuple[str, ...]
+    host: str
+    devices: tuple[tuple[str, ...], ...]
+
+    def shape(self, mbit_s: int | None) -> None:
+        """Let both directions carry that much (`tc tbf`); None: as much as goes."""
+        for tc, device in ((each[:-1], each[-1]) for each in self.devices):
+            subprocess.run([*tc, "qdisc", "del", "dev", device, "root"], capture_output=True)
+            if mbit_s is not None:
+                _run(*tc, "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{mbit_s}mbit",
+                     "burst", BURST, "latency", QUEUE)  # fmt: skip
+
+
+@contextlib.contextmanager
+def far_place() -> Iterator[FarPlace]:
+    """Raises NoNetwork where the machine does not allow it."""
+    name = f"mcp{os.getpid()}f"
+    with contextlib.ExitStack() as stack:
+        _run("ip", "netns", "add", name)
+        stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+        _run("ip", "link", "add", name, "type", "veth", "peer", "name", "own", "netns", name)
+        _run("ip", "addr", "add", "10.78.0.1/24", "dev", name)
+        _run("ip", "link", "set", name, "up")
+        _address(name, "own", "10.78.0.2/24")
+        _run("ip", "-n", name, "link", "set", "lo", "up")
+        devices = (("tc", name), ("tc", "-n", name, "own"))
+        yield FarPlace(("ip", "netns", "exec", name), "10.78.0.2", devices)
+
+
 @contextlib.contextmanager
 def proxy_link(mbit_s: float) -> Iterator[ShapedLink]:
     """The same over loopback proxies, which share the machine's cores."""

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.console import Console
 from rich.table import Table
 from setting import one_line
+from shaped_link import FarPlace, NoNetwork, far_place
 
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.demo.engines import default_environment
@@ -39,7 +40,7 @@ from mcp_vllm.split.plan.measure import measure_here
 from mcp_vllm.split.plan.read import read_model
 from mcp_vllm.split.plan.request import MeasureRequest
 from mcp_vllm.split.plan.stage_probe import probe_stage
-from tests.integration.split_parts import Stage, stage_of
+from tests.integration.split_parts import stage_of
 from tests.shaped_link import ShapedLink
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,8 +51,8 @@ SPLITS: dict[str, list[Split]] = {
     "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
     "gemma": [(1, 9), (5, 12), (12, 17)],
 }
-# Name, delay one way in seconds, bytes a second each way.
-LINKS = (("loopback", 0.0, None), ("20 ms", 0.010, None), ("100 Mbit/s", 0.0, 12.5e6))
+# Name, delay one way in seconds, Mbit/s each way.
+LINKS = (("quick", 0.0, None), ("20 ms", 0.010, None), ("100 Mbit/s", 0.0, 100))
 PATIENT = {"lost_ms": 20_000, "step_ms": 120_000, "connect_ms": 10_000, "replan_s": 0}
 LONGEST = Load(max(p for p, _ in PROMPTS), ANSWER, max(b for _, b in PROMPTS), BUDGET)
 
@@ -100,22 +101,23 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     _keep(keep, f"{name}-engine", engine_figures)
     local = fit_machine(engine_figures, shape, "--local", as_stage=False)
     rows = []
-    with stage_at(model, whole) as (stage, shaped):
-        stage.wait_ready()
-        for label, shaped.delay_s, shaped.bytes_s in LINKS:
-            figures, transfers = probe_stage(_config(whole, shaped), shape, LONGEST)
+    with stage_at(model, whole) as way:
+        for label, delay_s, mbit_s in LINKS:
+            way.shape(delay_s, mbit_s)
+            figures, transfers = probe_stage(_config(whole, way), shape, LONGEST)
             links[label] = fit_link(transfers)
             _keep(keep, f"{name}-link-{len(links)}", transfers)
             if label == LINKS[0][0]:
                 _keep(keep, f"{name}-stage", figures)
                 cloud = fit_machine(figures, shape, "--cloud", as_stage=True)
         print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
-        shaped.delay_s, shaped.bytes_s = 0.0, None
-        config = _config(SPLITS[name][0], shaped).model_dump(mode="json")
+        way.shape(0.0, None)
+        config = _config(SPLITS[name][0], way).model_dump(mode="json")
         with engine(model, mcp_split=json.dumps(config)) as process:
             for split in SPLITS[name]:
                 _tell(process, {"layers": split})
-                for label, shaped.delay_s, shaped.bytes_s in LINKS:
+                for label, delay_s, mbit_s in LINKS:
+                    way.shape(delay_s, mbit_s)
                     costs = CostModel(shape, local, cloud, links[label])
                     for prompt, batch in PROMPTS:
                         measured = _ask(process, prompt, batch)
@@ -148,14 +150,40 @@ def report(rows: list[Row]) -> None:
     Console(width=100).print(table)
 
 
+@dataclass(frozen=True)
+class Way:
+    """To a stage: a proxy of this process that delays, and, where the machine allows it, a veth
+    pair whose bandwidth the kernel bounds; else the proxy bounds that, too."""
+
+    proxy: ShapedLink
+    far: FarPlace | None
+
+    def shape(self, delay_s: float, mbit_s: int | None) -> None:
+        self.proxy.delay_s = delay_s
+        if self.far is not None:
+            self.far.shape(mbit_s)
+        else:
+            self.proxy.bytes_s = None if mbit_s is None else mbit_s * 1e6 / 8
+
+
 @contextmanager
-def stage_at(model: Path, split: Split) -> Iterator[tuple[Stage, ShapedLink]]:
+def stage_at(model: Path, split: Split) -> Iterator[Way]:
     with ExitStack() as stack:
+        try:
+            far = stack.enter_context(far_place())
+            place = {"prefix": far.prefix, "host": far.host}
+        except NoNetwork as reason:
+            print(f"bandwidth bounded by a proxy, not by the kernel: {reason}")
+            far, place = None, {}
         limits = ("--max-model-len", str(CONTEXT))
         layers = f"{split[0]}:{split[1]}"
-        stage = stack.enter_context(stage_of(model, layers, vllm_args=limits, name="plan"))
-        shaped = stack.enter_context(ShapedLink(("127.0.0.1", stage.port)))
-        yield stage, shaped
+        options = ("--leases", "2", "--config", '{"insecure": true}')
+        stage = stack.enter_context(
+            stage_of(model, layers, *options, vllm_args=limits, name="plan", **place)
+        )
+        stage.wait_ready()
+        proxy = stack.enter_context(ShapedLink((stage.host, stage.port)))
+        yield Way(proxy, far)
 
 
 @contextmanager
@@ -238,9 +266,9 @@ def _line(row: Row) -> str:
     )
 
 
-def _config(split: Split, shaped: ShapedLink) -> SplitConfig:
+def _config(split: Split, way: Way) -> SplitConfig:
     layers = f"{split[0]}:{split[1]}"
-    return SplitConfig.load({"layers": layers, "stages": [shaped.address], **PATIENT})
+    return SplitConfig.load({"layers": layers, "stages": [way.proxy.address], **PATIENT})
 
 
 def _llama(folder: Path) -> Path:

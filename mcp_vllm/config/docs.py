@@ -106,17 +106,17 @@ def _type_name(field: FieldInfo) -> str:
     origin = typing.get_origin(kind)
     if origin is tuple:
         return "list"
-    if origin is typing.Literal:
-        return " or ".join(as_text(each) for each in typing.get_args(kind))
     if origin in (types.UnionType, typing.Union):
         kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(as_text(each) for each in typing.get_args(kind))
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
     return _TYPE_NAMES[kind]
 
 
 def _bounds(field: FieldInfo) -> str:
-    size = field.annotation is ByteSize
+    size = ByteSize in (field.annotation, *typing.get_args(field.annotation))
     words = []
     for bound in field.metadata:
         if isinstance(bound, Ge):

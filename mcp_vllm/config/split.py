@@ -90,7 +90,7 @@ class SplitConfig(Section):
     step_ms: int = Field(default=60_000, ge=100, le=3_600_000)
     """A stage that is alive and has not finished a step after so long is lost, too."""
 
-    replan_s: float = Field(default=60, ge=0, le=86_400)
+    replan_s: int = Field(default=60, ge=0, le=86_400)
     """While serving, compare other splits with this one over so many seconds, and change to one
     that has been better by a fifth three times in a row; 0: never. It needs a stage that holds more
     layers, or memory here."""

@@ -36,17 +36,18 @@ class Stage:
     port: int
     http_port: int
     log: Path
+    host: str = "127.0.0.1"
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def get(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=10)
+        connection = http.client.HTTPConnection(self.host, self.http_port, timeout=10)
         with contextlib.closing(connection):
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -74,15 +75,18 @@ def stage_of(
     vllm_args: Sequence[str] = ("--block-size", str(BLOCK), "--max-model-len", str(MODEL_LEN)),
     name: str = "stage",
     data_bytes: int | None = None,
+    prefix: Sequence[str] = (),
+    host: str = "127.0.0.1",
 ) -> Iterator[Stage]:
-    """`mcp-vllm stage` on free ports, with so much memory; it may still be loading."""
+    """`mcp-vllm stage` on free ports of `host`, with so much memory; it may still be loading.
+    `prefix` is put in front of its command."""
     port, http_port = free_port(), free_port()
     log = REPOSITORY / "build" / "test-logs" / f"{name}-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        *_limited(data_bytes), sys.executable, "-m", "mcp_vllm.cli.main", "stage", str(model),
+        *prefix, *_limited(data_bytes), sys.executable, "-m", "mcp_vllm.cli.main", "stage", str(model),
         "--layers", layers,
-        "--listen", f"127.0.0.1:{port}", "--http", f"127.0.0.1:{http_port}",
+        "--listen", f"{host}:{port}", "--http", f"{host}:{http_port}",
         "--kv-bytes", "256MiB", *options, "--", *vllm_args,
     ]  # fmt: skip
     with log.open("wb") as output:
@@ -90,7 +94,7 @@ def stage_of(
             command, stdout=output, stderr=subprocess.STDOUT, env=_environment()
         )
     try:
-        yield Stage(process, port, http_port, log)
+        yield Stage(process, port, http_port, log, host)
     finally:
         process.kill()
         process.wait()
