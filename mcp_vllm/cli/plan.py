@@ -115,6 +115,8 @@ def plan(
     if picture is not None:
         report.picture(made, picture)
     if write is not None:
+        if max_step_ms is not None:
+            settings = {**settings, "batch_tokens": made.batch_tokens(max_step_ms / 1e3)}
         made.write_split_config(write, stage or [], **settings)
 
 

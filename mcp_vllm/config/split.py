@@ -90,6 +90,10 @@ class SplitConfig(Section):
     step_ms: int = Field(default=60_000, ge=100, le=3_600_000)
     """A stage that is alive and has not finished a step after so long is lost, too."""
 
+    batch_tokens: int | None = Field(default=None, ge=16, le=1 << 20)
+    """Tokens that a step takes at most, as `mcp-vllm plan --max-step-ms` finds them;
+    --max-num-batched-tokens wins. Unset: vLLM's default."""
+
     replan_s: int = Field(default=60, ge=0, le=86_400)
     """While serving, compare other splits with this one over so many seconds, and change to one
     that has been better by a fifth three times in a row; 0: never. It needs a stage that holds more

@@ -52,6 +52,8 @@ def apply(args: Any, source: str) -> None:
     if not getattr(args, "enforce_eager", False):
         logger.warning("--mcp-split: torch.compile and CUDA graphs are off (--enforce-eager)")
         args.enforce_eager = True
+    if getattr(args, "max_num_batched_tokens", None) is None:
+        args.max_num_batched_tokens = config.batch_tokens
     extra = dict(getattr(args, "additional_config", None) or {})
     extra[SETTINGS_KEY] = config.model_dump(mode="json")
     args.additional_config = extra

@@ -69,7 +69,6 @@ def steps(stage) -> float:
     [
         ("weights", "model.weights"),
         ("block size", f"block_tokens: ours is '{BLOCK}', theirs is '{2 * BLOCK}'"),
-        ("layers", "layers: ours is '1:3', theirs is '1:2'"),
         ("no stage", "no stage can be used"),
         ("async", "--mcp-split contradicts --async-scheduling"),
     ],
@@ -82,8 +81,6 @@ def test_an_engine_that_does_not_fit_is_told_so_in_one_line(
         engine["model"] = str(tiny_model("llama", 1))
     elif difference == "block size":
         engine["block_size"] = 2 * BLOCK
-    elif difference == "layers":
-        engine["mcp_split"] = split_of("1:2", stage.address)
     elif difference == "no stage":
         engine["mcp_split"] = split_of(LAYERS, "127.0.0.1:9", load_ms=1000)
     else:
@@ -205,6 +202,10 @@ def test_the_stage_still_serves_after_all_that(stage, hello):
     other = msgspec.structs.replace(hello, facts={**hello.facts, "dtype": "float16"})
     wait_for("a free lease", lambda: stage.metric("mcp_stage_leases ") == 0)
     assert b"dtype: ours is 'bfloat16'" in first_answer(stage, other).metadata
+    for layers, complaint in (("2:4", b"wanted, this stage holds 1:3"), ("x", b"not FIRST:END")):
+        wait_for("a free lease", lambda: stage.metric("mcp_stage_leases ") == 0)
+        other = msgspec.structs.replace(hello, layers=layers)
+        assert complaint in first_answer(stage, other).metadata
 
 
 def test_vllm_serve_gives_the_tokens_of_the_whole_engine(tiny_model, stage, log_folder):

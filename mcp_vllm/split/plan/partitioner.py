@@ -74,6 +74,11 @@ class Plan:
         limits = dataclasses.replace(self.limits, stage_bytes=stage_bytes)
         return dataclasses.replace(self, limits=limits, found=search(self.costs, self.load, limits))
 
+    def batch_tokens(self, step_s: float) -> int | None:
+        """Tokens a step may take for steps of the best split to be that short; None: no number."""
+        best = self.found.best_split
+        return None if best is None else self.costs.budget_within(self.load, best.split, step_s)
+
     def split_config(self, stages: Sequence[str] = (), **settings: Any) -> SplitConfig:
         """The best split as settings of `--mcp-split`.
 

@@ -58,3 +58,10 @@ def test_the_second_model_runner_is_refused(monkeypatch):
 def test_settings_that_are_not_valid_are_refused_as_such():
     with pytest.raises(ConfigError, match="stages"):
         split_settings.apply(SimpleNamespace(), '{"layers": "4:14"}')
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, 512), (4096, 4096)])
+def test_a_planned_budget_of_tokens_is_used_unless_another_is_given(given, used):
+    args = SimpleNamespace(max_num_batched_tokens=given)
+    split_settings.apply(args, '{"layers": "1:3", "stages": ["[::1]:7090"], "batch_tokens": 512}')
+    assert args.max_num_batched_tokens == used
