@@ -129,26 +129,32 @@ def serve_rounds(settings: dict[str, object]) -> None:
         print(json.dumps(decode(llm.llm_engine, number, batch, steps)), file=answers, flush=True)
 
 
-def decode(engine, number: int, batch: int, steps: int) -> list[float]:
-    """Milliseconds of each decode step of `batch` requests that run together."""
+def decode(engine, number: int, batch: int, steps: int) -> list[list[float]]:
+    """Milliseconds of each decode step of `batch` requests that run together: all of it, and of
+    that, if it is split, the stage's layers and the way there and back."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=steps + SKIPPED + 1, ignore_eos=True)
     for index in range(batch):
         prompt = [1000 + (number * 131 + index * 17 + i * 7) % 4000 for i in range(CONTEXT)]
         engine.add_request(f"{number}-{index}", {"prompt_token_ids": prompt}, params)
+    executor = engine.engine_core.engine_core.model_executor
     times = []
     while engine.has_unfinished_requests():
         started = time.perf_counter()
         engine.step()
-        times.append((time.perf_counter() - started) * 1000)
-    return [round(each, 3) for each in times[1 + SKIPPED :]]
+        parts = [time.perf_counter() - started]
+        if (split := getattr(executor, "last_step", None)) is not None:
+            parts += [split.stage, split.link]
+        times.append([round(each * 1000, 3) for each in parts])
+    return times[1 + SKIPPED :]
 
 
 def measure(
     engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace
 ) -> dict[str, dict[int, list[float]]]:
-    """Engine -> batch -> milliseconds of every step. A round before them warms up."""
+    """Engine -> batch -> milliseconds of every step, and of what is in the split one. A round
+    before them warms up."""
     times = {name: {batch: [] for batch in args.batches} for name in engines}
     with Progress(transient=True) as progress:
         for number in progress.track(range(args.rounds + 1), description="rounds"):
@@ -159,7 +165,13 @@ def measure(
                     print(json.dumps([batch, args.steps]), file=process.stdin, flush=True)
                     measured = json.loads(process.stdout.readline())
                     if number:
-                        times[name][batch] += measured
+                        for part, values in zip(
+                            (name, "  its stage", "  its way"),
+                            zip(*measured, strict=True),
+                            strict=False,
+                        ):
+                            times.setdefault(part, {each: [] for each in args.batches})
+                            times[part][batch] += values
     return times
 
 

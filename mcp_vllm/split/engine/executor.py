@@ -49,7 +49,11 @@ logger = logging.getLogger(__name__)
 
 
 class SplitExecutor(UniProcExecutor):
-    """One local worker, and a stage."""
+    """One local worker, and a stage.
+
+    Attributes:
+        last_step: what the last decode step took that a stage has answered, if `replan_s` is set.
+    """
 
     def _init_executor(self) -> None:
         """Raises SplitError: this engine cannot be split, or no stage can be used."""
@@ -65,6 +69,7 @@ class SplitExecutor(UniProcExecutor):
         self._timer: LayerTimer | None = None
         self._answered: tuple[float, float] | None = None
         self._change: Change | None = None
+        self.last_step: DecodeStep | None = None
         self._number = 0
         self._step: Step | None = None
         with building(self._plan):
@@ -182,6 +187,7 @@ class SplitExecutor(UniProcExecutor):
         assert self._link is not None
         assert span is not None
         step = DecodeStep(whole_s, self._timer.seconds[0], stage_s, exchange_s - stage_s)
+        self.last_step = step
         held = parse_layers(self._link.welcome.layers)
         may_be_local = self._split.local_fallback
         self._change = self._replanner.observe(step, time.monotonic(), span, held, may_be_local)
