@@ -3,8 +3,8 @@
     python examples/hybrid_local_cloud.py [--model PATH] [--layers 4:14]
 
 Starts a stage and a `vllm serve` engine that uses it, both on this machine, and asks for a long
-answer. After the first words the stage is killed: the engine loads the layers itself, and the answer
-goes on. The same question once more is answered from local layers, with the same words.
+answer. After the first words the stage is killed: the engine loads the layers itself, and the
+answer goes on. The same question once more is answered from local layers, with the same words.
 """
 
 import argparse

@@ -34,7 +34,11 @@ def plan(
         int, typer.Option(min=16, help="Tokens a step: vLLM's --max-num-batched-tokens.")
     ] = 2048,
     form: Annotated[
-        str, typer.Option(metavar="raw|fold|fp8", help="Activations on the wire.")
+        str,
+        typer.Option(
+            metavar="raw|fold|fp8|auto",
+            help="Activations on the wire; auto: the exactest that the link does not make slow.",
+        ),
     ] = "raw",
     dtype: Annotated[str | None, typer.Option(help="[default: the model's]")] = None,
     local_memory: Annotated[
@@ -155,9 +159,10 @@ def _link(text: str | None) -> Any:
 
 def _form(form: str) -> str:
     from mcp_vllm.split.activations import FORMS
+    from mcp_vllm.split.plan.partitioner import AUTO
 
-    if form not in FORMS:
-        raise McpError(f"--form: {form!r} is none of {', '.join(FORMS)}")
+    if form not in (*FORMS, AUTO):
+        raise McpError(f"--form: {form!r} is none of {', '.join((*FORMS, AUTO))}")
     return form
 
 

@@ -62,6 +62,16 @@ def test_a_slow_link_does_not_pay_and_the_verdict_says_so(places) -> None:
     assert "does not pay" in report.verdict(plan)
 
 
+def test_the_form_is_as_exact_as_the_link_allows(places) -> None:
+    assert plan_of(places, form="auto").form == "raw"
+    slow = plan_of(places, LinkFit(1e-6, 1e-2), form="auto")
+    assert slow.form == "fp8"
+    assert slow.found.best_split.request_s < 0.5 * plan_of(
+        places, LinkFit(1e-6, 1e-2)
+    ).found.best_split.request_s
+    assert slow.split_config([STAGE]).form == "fp8"
+
+
 def test_less_cloud_is_less_memory_at_the_stage(places) -> None:
     plan = plan_of(places)
     less = plan.reduce_cloud_load()
