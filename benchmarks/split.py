@@ -29,6 +29,7 @@ from setting import describe, one_line
 
 from mcp_vllm.demo.engines import Server, default_environment, free_port
 from mcp_vllm.demo.weights import ensure_gemma
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 
 CONTEXT = 64
 MODEL_LEN = 1024
@@ -94,6 +95,8 @@ def engine(
     if split is not None:
         settings["mcp_split"] = json.dumps(split)
     environment = os.environ | default_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if split is not None:
+        share_cores(environment)  # `vllm serve` does so for the process of its engine core
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as errors:
         process = subprocess.Popen(

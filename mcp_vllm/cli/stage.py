@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
+from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import StageConfig
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 
 app = typer.Typer(add_completion=False, help="Run some layers of a model for engines elsewhere.")
 
@@ -61,6 +64,8 @@ def stage(
         "leases": leases,
     }
     settings = StageConfig.load(config, flags)
+    if Address.parse(settings.listen).is_loopback:
+        share_cores(os.environ)
     from mcp_vllm.split.engine.stage import serve_stage
     from mcp_vllm.telemetry.logs import configure_logging
 

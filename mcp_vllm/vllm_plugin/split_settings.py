@@ -9,8 +9,10 @@ import logging
 import os
 from typing import Any
 
+from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.errors import McpError
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ def apply(args: Any, source: str) -> None:
     if not getattr(args, "enforce_eager", False):
         logger.warning("--mcp-split: torch.compile and CUDA graphs are off (--enforce-eager)")
         args.enforce_eager = True
+    if any(Address.parse(stage).is_loopback for stage in config.stages):
+        share_cores(os.environ)
     if getattr(args, "max_num_batched_tokens", None) is None:
         args.max_num_batched_tokens = config.batch_tokens
     extra = dict(getattr(args, "additional_config", None) or {})

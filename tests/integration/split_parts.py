@@ -84,8 +84,8 @@ def stage_of(
     log = REPOSITORY / "build" / "test-logs" / f"{name}-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        *prefix, *_limited(data_bytes), sys.executable, "-m", "mcp_vllm.cli.main", "stage", str(model),
-        "--layers", layers,
+        *prefix, *_limited(data_bytes),
+        sys.executable, "-m", "mcp_vllm.cli.main", "stage", str(model), "--layers", layers,
         "--listen", f"{host}:{port}", "--http", f"{host}:{http_port}",
         "--kv-bytes", "256MiB", *options, "--", *vllm_args,
     ]  # fmt: skip

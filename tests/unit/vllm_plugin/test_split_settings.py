@@ -1,5 +1,6 @@
 """What `--mcp-split` sets among vLLM's arguments, and what it contradicts."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from mcp_vllm.config import ConfigError
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.vllm_plugin import split_settings
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 
 SPLIT = '{"layers": "4:14", "stages": ["127.0.0.1:7090"]}'
 
@@ -14,6 +16,9 @@ SPLIT = '{"layers": "4:14", "stages": ["127.0.0.1:7090"]}'
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # what is set meanwhile is undone
+        monkeypatch.delenv(name)
 
 
 def test_executor_scheduler_and_eager_mode_are_set_and_the_settings_travel_along():
@@ -65,3 +70,17 @@ def test_a_planned_budget_of_tokens_is_used_unless_another_is_given(given, used)
     args = SimpleNamespace(max_num_batched_tokens=given)
     split_settings.apply(args, '{"layers": "1:3", "stages": ["[::1]:7090"], "batch_tokens": 512}')
     assert args.max_num_batched_tokens == used
+
+
+def test_an_engine_beside_its_stage_lets_the_cores_go_while_it_waits():
+    far = '{"layers": "1:3", "stages": ["10.0.0.1:7090"], "insecure": true}'
+    split_settings.apply(SimpleNamespace(), far)
+    assert "GOMP_SPINCOUNT" not in os.environ
+    split_settings.apply(SimpleNamespace(), SPLIT)
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+
+
+def test_who_has_said_how_threads_wait_is_obeyed():
+    environ = {"OMP_WAIT_POLICY": "active"}
+    share_cores(environ)
+    assert environ == {"OMP_WAIT_POLICY": "active"}

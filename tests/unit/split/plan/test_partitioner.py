@@ -66,9 +66,10 @@ def test_the_form_is_as_exact_as_the_link_allows(places) -> None:
     assert plan_of(places, form="auto").form == "raw"
     slow = plan_of(places, LinkFit(1e-6, 1e-2), form="auto")
     assert slow.form == "fp8"
-    assert slow.found.best_split.request_s < 0.5 * plan_of(
-        places, LinkFit(1e-6, 1e-2)
-    ).found.best_split.request_s
+    assert (
+        slow.found.best_split.request_s
+        < 0.5 * plan_of(places, LinkFit(1e-6, 1e-2)).found.best_split.request_s
+    )
     assert slow.split_config([STAGE]).form == "fp8"
 
 
