@@ -111,6 +111,18 @@ class Channel:
             if message is not None:
                 return message
 
+    def ping(self, patience: Patience) -> float:
+        """Seconds of a round trip, on a connection where nothing else is under way.
+
+        Raises StageLost, WireError.
+        """
+        started = time.perf_counter()
+        self.send(Kind.PING, patience=patience)
+        header = wire.unpack_header(self._read(HEADER.size, patience, None), 0, 0)
+        if header.kind != Kind.PONG:
+            raise WireError(f"expected PONG, got {header.kind.name}")
+        return time.perf_counter() - started
+
     def close(self) -> None:
         """End the connection; a thread that waits in `receive` gets StageLost. Idempotent."""
         with contextlib.suppress(OSError):

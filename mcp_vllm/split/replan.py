@@ -63,7 +63,10 @@ class Replanner:
         self._fits = fits
         self.forget()
 
+        self._remote_s: float | None = None
+
     def forget(self) -> None:
+        """Begin anew; what a layer took at the stage is still known."""
         self._steps: list[DecodeStep] = []
         self._began: float | None = None
         self._wanted: list[Span | None] = []
@@ -78,12 +81,22 @@ class Replanner:
             span: the layers that are elsewhere; held: those that the stage has.
             may_be_local: whether the engine may hold all layers.
         """
+        return self._decide(step, now, lambda: self._best(span, held, may_be_local))
+
+    def observe_at_home(self, step: DecodeStep, now: float, span: Span) -> Change | None:
+        """The same while all layers are here and `step.link` is the round trip to a stage that
+        would have `span`."""
+        return self._decide(step, now, lambda: self._away(span))
+
+    def _decide(
+        self, step: DecodeStep, now: float, better: Callable[[], Change | None]
+    ) -> Change | None:
         if self._began is None:
             self._began = now
         self._steps.append(step)
         if now - self._began < self._window_s or len(self._steps) < STEPS:
             return None
-        change = self._best(span, held, may_be_local)
+        change = better()
         self._steps, self._began = [], None
         if change is None:
             self._wanted = []
@@ -94,12 +107,10 @@ class Replanner:
         return change if len(self._wanted) >= WINDOWS else None
 
     def _best(self, span: Span, held: Span, may_be_local: bool) -> Change | None:
-        whole = statistics.median(each.whole for each in self._steps)
-        layer = statistics.median(each.layer for each in self._steps)
-        stage = statistics.median(each.stage for each in self._steps)
-        link = statistics.median(each.link for each in self._steps)
+        typical = self._typical()
+        whole, layer, link = typical.whole, typical.layer, typical.link
         length = span[1] - span[0]
-        remote = stage / length
+        remote = self._remote_s = typical.stage / length
         candidates: list[Span | None] = [(held[0], end) for end in range(held[0] + 1, held[1] + 1)]
         if may_be_local:
             candidates.append(None)
@@ -114,3 +125,20 @@ class Replanner:
             if best != span and self._fits(best):
                 return Change(best, whole, max(0.0, seconds(best)))
         return None
+
+    def _away(self, span: Span) -> Change | None:
+        if self._remote_s is None or not self._fits(span):
+            return None
+        typical = self._typical()
+        saved = (span[1] - span[0]) * (typical.layer - self._remote_s) - typical.link
+        if saved < GAIN * typical.whole:
+            return None
+        return Change(span, typical.whole, max(0.0, typical.whole - saved))
+
+    def _typical(self) -> DecodeStep:
+        return DecodeStep(
+            *(
+                statistics.median(getattr(each, name) for each in self._steps)
+                for name in ("whole", "layer", "stage", "link")
+            )
+        )

@@ -26,6 +26,7 @@ from mcp_vllm.config.split import StageSecurity
 from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused
+from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Kind, Step
 from tests.waiting import wait_for
 
@@ -247,3 +248,14 @@ def test_a_stage_that_stops_says_so():
         stage.server.stop()
         with pytest.raises(StageLost):
             link.run(1, [1], rows_of(1))
+
+
+def test_a_round_trip_is_measured_without_a_lease_and_who_is_gone_is_left_out():
+    with running_stage() as stage:
+        both = stages(stage.address, "127.0.0.1:9")
+        watch = Watch((stage.address, "127.0.0.1:9"), both.ping, 0.01)
+        wait_for("a round trip", lambda: watch.round_trips)
+        assert set(watch.round_trips) == {stage.address}
+        assert 0 < watch.round_trips[stage.address] < 1
+        assert not stage.backend.leases
+        watch.close()

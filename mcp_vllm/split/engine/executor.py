@@ -42,6 +42,7 @@ from mcp_vllm.split.engine.takeover import AtStage, Takeover
 from mcp_vllm.split.errors import SplitError, StageLost
 from mcp_vllm.split.link import Link, Stages
 from mcp_vllm.split.replan import Change, DecodeStep, Replanner
+from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Hello, Step
 from mcp_vllm.vllm_plugin.split_settings import SETTINGS_KEY
 
@@ -70,6 +71,8 @@ class SplitExecutor(UniProcExecutor):
         self._answered: tuple[float, float] | None = None
         self._change: Change | None = None
         self.last_step: DecodeStep | None = None
+        self._watch: Watch | None = None
+        self._nearest = ""
         self._number = 0
         self._step: Step | None = None
         with building(self._plan):
@@ -134,8 +137,9 @@ class SplitExecutor(UniProcExecutor):
         return output
 
     def shutdown(self) -> None:
-        if getattr(self, "_link", None) is not None:
-            self._link.close()
+        for each in (getattr(self, "_link", None), getattr(self, "_watch", None)):
+            if each is not None:
+                each.close()
         super().shutdown()
 
     def _begin(self, output: SchedulerOutput) -> None:
@@ -179,24 +183,37 @@ class SplitExecutor(UniProcExecutor):
     def _observe(self, output: SchedulerOutput, whole_s: float) -> None:
         """Let a decode step that a stage has answered count for the next plan."""
         answered, self._answered = self._answered, None
-        counts = output.num_scheduled_tokens.values()
-        if self._timer is None or answered is None or set(counts) != {1}:
+        if self._timer is None or set(output.num_scheduled_tokens.values()) != {1}:
+            return
+        if self._link is None:
+            self._observe_at_home(whole_s, self._timer.seconds[0])
+            return
+        span = self._held.span
+        if answered is None or span is None:
             return
         stage_s, exchange_s = answered
-        span = self._held.span
-        assert self._link is not None
-        assert span is not None
         step = DecodeStep(whole_s, self._timer.seconds[0], stage_s, exchange_s - stage_s)
         self.last_step = step
         held = parse_layers(self._link.welcome.layers)
         may_be_local = self._split.local_fallback
         self._change = self._replanner.observe(step, time.monotonic(), span, held, may_be_local)
 
+    def _observe_at_home(self, whole_s: float, layer_s: float) -> None:
+        """The same while all layers are here: the nearest stage might be worth going back to."""
+        if self._watch is None:
+            self._watch = Watch(self._split.stages, self._stages.ping, self._split.replan_s / 2)
+        if not self._watch.round_trips:
+            return
+        stage, way_s = min(self._watch.round_trips.items(), key=lambda each: each[1])
+        step = DecodeStep(whole_s, layer_s, 0.0, way_s)
+        self._change = self._replanner.observe_at_home(step, time.monotonic(), self._split.span)
+        self._nearest = stage
+
     def _move(self, change: Change) -> None:
         """To a split that is better for good; the scheduler has preempted what ran."""
         link, self._change = self._link, None
-        assert link is not None
-        wanted = None if change.span is None else AtStage(link.stage, change.span, again=True)
+        stage = self._nearest if link is None else link.stage
+        wanted = None if change.span is None else AtStage(stage, change.span, again=True)
         logger.warning(
             "decode steps take %.1f ms and would take %.1f with %s: moving",
             change.now_s * 1000,
@@ -205,9 +222,9 @@ class SplitExecutor(UniProcExecutor):
             if change.span is None
             else f"layers {spans.text(change.span)} elsewhere",
         )
-        self._link = None
-        link.close()
-        self._last = None, link.stage
+        if link is not None:
+            link.close()
+            self._link = None
         try:
             self._use(self._takeover.take(wanted))
         except SplitError as error:
@@ -235,6 +252,9 @@ class SplitExecutor(UniProcExecutor):
     def _use(self, link: Link | None) -> None:
         self._link = link
         self._last = None, None
+        if link is not None and self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self._encoder = StepEncoder()
         self._number = 0
         self._replanner.forget()

@@ -17,12 +17,19 @@ class Served:
 
     def windows(self, step, count):
         """What is proposed within so many windows."""
+        return self._run(
+            lambda: self.replanner.observe(step, self.now, self.span, HELD, self.may_be_local),
+            count,
+        )
+
+    def at_home(self, step, count):
+        """The same while all layers are local."""
+        return self._run(lambda: self.replanner.observe_at_home(step, self.now, (3, 7)), count)
+
+    def _run(self, observe, count):
         proposed = None
         for _ in range(count * (STEPS + 1)):
-            proposed = (
-                self.replanner.observe(step, self.now, self.span, HELD, self.may_be_local)
-                or proposed
-            )
+            proposed = observe() or proposed
             self.now += 1.0 / STEPS
         return proposed
 
@@ -65,3 +72,20 @@ def test_after_a_change_it_begins_anew():
     assert served.windows(SLOW_LINK, WINDOWS - 1) is None
     served.replanner.forget()
     assert served.windows(SLOW_LINK, WINDOWS - 1) is None
+
+
+HOME = DecodeStep(whole=0.1, layer=0.01, stage=0.0, link=0.001)
+
+
+def test_layers_go_back_to_a_quicker_stage_once_its_link_is_quick_again():
+    served = Served(may_be_local=False, span=HELD)
+    served.windows(DecodeStep(whole=0.2, layer=0.01, stage=0.008, link=0.12), 2)
+    served.replanner.forget()
+    slow = DecodeStep(whole=0.1, layer=0.01, stage=0.0, link=0.12)
+    assert served.at_home(slow, 10) is None
+    assert served.at_home(HOME, WINDOWS - 1) is None
+    assert served.at_home(HOME, WINDOWS + 1).span == (3, 7)
+
+
+def test_nothing_goes_to_a_stage_of_which_nothing_is_known():
+    assert Served().at_home(HOME, 20) is None
