@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ from mcp_vllm.split.engine.kv_specs import encode_group, encode_spec, in_dtype
 from mcp_vllm.split.engine.layers import AllButSpan, OnlySpan
 from mcp_vllm.split.engine.machine import free_bytes
 from mcp_vllm.split.engine.middle import loading_only
+from mcp_vllm.split.engine.support import num_layers
 from mcp_vllm.split.errors import SplitError
 from mcp_vllm.split.memory import is_out_of_memory
-from mcp_vllm.split.plan.read import read_model
+from mcp_vllm.split.plan.read import stored_layer_bytes
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.wire import KvInit, KvSpec
 
@@ -68,6 +69,7 @@ class HeldLayers:
         local, remote = parts
         self._kv = local
         self._stage_dtype = stage_dtype
+        self._weights = stored_layer_bytes(Path(config.model_config.model), num_layers(config))
         self._groups = [
             _merged(*pair)
             for pair in zip(local.kv_cache_groups, remote.kv_cache_groups, strict=True)
@@ -96,6 +98,8 @@ class HeldLayers:
 
     def needed_bytes(self, span: Span | None) -> int:
         """What moving to `span` takes beyond what is held now; negative: it frees memory."""
+        if span == self.span:
+            return 0
         return self._held_bytes(span) - self._held_bytes(self.span)
 
     def check_room(self, span: Span | None) -> None:
@@ -108,7 +112,7 @@ class HeldLayers:
 
     def has_room(self, span: Span | None) -> bool:
         """Whether moving to `span` would leave a good part of what is free unused."""
-        return self.needed_bytes(span) < _USED_SHARE * free_bytes()
+        return bool(self._weights) and self.needed_bytes(span) < _USED_SHARE * free_bytes()
 
     def move(self, span: Span | None) -> None:
         """Hold all layers but those of `span`; None: all of them. KV blocks are empty then.
@@ -197,14 +201,9 @@ class HeldLayers:
     def _held_bytes(self, span: Span | None) -> int:
         """Weights and KV blocks of all layers but those of `span`."""
         away = _indices(span)
-        weights = sum(each for i, each in enumerate(self._weight_bytes) if i not in away)
+        weights = sum(each for i, each in enumerate(self._weights) if i not in away)
         groups = self._projected(span, inside=False)
         return weights + self._kv.num_blocks * _pool_bytes_per_block(self._config, groups)
-
-    @cached_property
-    def _weight_bytes(self) -> list[int]:
-        shape = read_model(self._config.model_config.model)
-        return [each.weight_bytes for each in shape.layers]
 
 
 def _indices(span: Span | None) -> set[int]:

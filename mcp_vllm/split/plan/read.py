@@ -42,6 +42,15 @@ def read_model(model: str, dtype: str | None = None) -> ModelShape:
     return shape_of(config, Path(model).name, dtype, stored)
 
 
+def stored_layer_bytes(folder: Path, num_layers: int) -> list[int]:
+    """What each layer's weights take in a folder's safetensors; empty: they do not say.
+
+    Raises ModelUnreadable: a file is broken.
+    """
+    layers, _ = _by_layer(_stored_bytes(folder), num_layers)
+    return [layers[each] for each in range(num_layers)] if len(layers) == num_layers else []
+
+
 def shape_of(
     config: Any, name: str, dtype: str | None = None, stored: dict[str, int] | None = None
 ) -> ModelShape:
