@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -40,7 +41,7 @@ from mcp_vllm.split.engine.support import (
 )
 from mcp_vllm.split.errors import SplitError, StageRefused
 from mcp_vllm.split.memory import allocatable, is_out_of_memory
-from mcp_vllm.split.plan.read import read_model
+from mcp_vllm.split.plan.read import read_model, stored_layer_bytes
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.stage_http import serve_http
 from mcp_vllm.split.stage_server import StageServer
@@ -244,10 +245,11 @@ def _span_of(stage: StageConfig, config: VllmConfig) -> Span:
     if stage.layers != AUTO:
         return parse_layers(stage.layers)
     memory_bytes = stage.memory_bytes or int(free_bytes() * _USED_SHARE)
-    shape = read_model(config.model_config.model)
-    span = spans.fitting(
-        [each.weight_bytes for each in shape.layers], memory_bytes - int(stage.kv_bytes)
-    )
+    model = config.model_config.model
+    layer_bytes = stored_layer_bytes(Path(model), num_layers(config))
+    if not layer_bytes:
+        layer_bytes = [each.weight_bytes for each in read_model(model).layers]
+    span = spans.fitting(layer_bytes, memory_bytes - int(stage.kv_bytes))
     logger.info("layers %s fit into %d bytes, KV blocks included", spans.text(span), memory_bytes)
     return span
 
