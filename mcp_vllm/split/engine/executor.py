@@ -69,6 +69,7 @@ class SplitExecutor(UniProcExecutor):
         self._failure: str | None = None
         self._timer: LayerTimer | None = None
         self._answered: tuple[float, float] | None = None
+        self._proposed: Change | None = None
         self._change: Change | None = None
         self.last_step: DecodeStep | None = None
         self._watch: Watch | None = None
@@ -132,9 +133,11 @@ class SplitExecutor(UniProcExecutor):
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         output = super().sample_tokens(grammar_output, non_block)
-        if self._change is not None and isinstance(output, ModelRunnerOutput):
-            return MovingOutput.of(output)
-        return output
+        proposed, self._proposed = self._proposed, None
+        if proposed is None or not isinstance(output, ModelRunnerOutput):
+            return output
+        self._change = proposed  # once the scheduler has preempted what runs, as this output asks
+        return MovingOutput.of(output)
 
     def shutdown(self) -> None:
         for each in (getattr(self, "_link", None), getattr(self, "_watch", None)):
@@ -196,7 +199,7 @@ class SplitExecutor(UniProcExecutor):
         self.last_step = step
         held = parse_layers(self._link.welcome.layers)
         may_be_local = self._split.local_fallback
-        self._change = self._replanner.observe(step, time.monotonic(), span, held, may_be_local)
+        self._proposed = self._replanner.observe(step, time.monotonic(), span, held, may_be_local)
 
     def _observe_at_home(self, whole_s: float, layer_s: float) -> None:
         """The same while all layers are here: the nearest stage might be worth going back to."""
@@ -206,7 +209,8 @@ class SplitExecutor(UniProcExecutor):
             return
         stage, way_s = min(self._watch.round_trips.items(), key=lambda each: each[1])
         step = DecodeStep(whole_s, layer_s, 0.0, way_s)
-        self._change = self._replanner.observe_at_home(step, time.monotonic(), self._split.span)
+        now = time.monotonic()
+        self._proposed = self._replanner.observe_at_home(step, now, self._split.span)
         self._nearest = stage
 
     def _move(self, change: Change) -> None:
@@ -246,7 +250,7 @@ class SplitExecutor(UniProcExecutor):
             self._failure = None
         except SplitError as error:
             self._failure = f"nobody can run layers {self._split.layers}: {error}"
-            self._lost = StageLost(self._failure)
+            self._lost, self._last = StageLost(self._failure), (None, None)
             logger.error("%s: requests end with an error", self._failure)
 
     def _use(self, link: Link | None) -> None:
