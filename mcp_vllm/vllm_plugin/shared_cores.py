@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 
 # A user who has set one of these knows better.
 _GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SHARED = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+SHARED = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
 def share_cores(environ: MutableMapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from mcp_vllm.demo.engines import default_environment, free_port
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 from tests.integration.split_engine import Answer, Request, Result, Scenario, Signal
 from tests.waiting import wait_for
 
@@ -187,7 +188,9 @@ def _limited(data_bytes: int | None) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | default_environment() | {"PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | default_environment() | {"PYTHONPATH": str(REPOSITORY)}
+    share_cores(environment)
+    return environment
 
 
 def assert_same_tokens(ours: list[Answer], reference: list[Answer]) -> None:
