@@ -101,7 +101,8 @@ def write_wide_model(folder: Path, num_layers: int) -> tuple[Path, int]:
     config = LlamaConfig(num_hidden_layers=num_layers, num_key_value_heads=2, head_dim=64, **shape)
     folder.mkdir(parents=True, exist_ok=True)
     model = AutoModel.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    # Files that are mapped one after the other: a limit on memory counts one of them at a time.
+    model.save_pretrained(folder, max_shard_size="100MB")
     _write_tokenizer(folder)
     layer = model.model.layers[0]
     return folder, sum(each.numel() * each.element_size() for each in layer.parameters())

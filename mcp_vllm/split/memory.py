@@ -10,10 +10,10 @@ _LEAST_BYTES = 1 << 20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the host, or of a device; torch has no type of its own for the host's."""
+    """Of the host, or of a device; torch has no type of its own for the host's, and two texts."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def allocatable(num_bytes: int, device: torch.device) -> int:

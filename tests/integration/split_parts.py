@@ -182,8 +182,8 @@ def finish(process: subprocess.Popen[bytes]) -> Played:
 
 
 def _limited(data_bytes: int | None) -> list[str]:
-    """A command's beginning that lets it allocate no more than that: files that are mapped, as
-    weights while they are read, do not count."""
+    """A command's beginning that lets it allocate no more than that: weights' files while they are
+    read count, too."""
     return [] if data_bytes is None else ["prlimit", f"--data={data_bytes}", "--"]
 
 

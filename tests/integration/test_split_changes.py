@@ -35,13 +35,13 @@ def requests(count: int, tokens: int = TOKENS, length: int = 200) -> list[Reques
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Twenty layers of 49 MiB: with what vLLM itself takes, more than LIMIT."""
-    return write_wide_model(tmp_path_factory.mktemp("models") / "wide", num_layers=20)[0]
+    """Thirty layers of 49 MiB: with what vLLM itself takes, more than LIMIT."""
+    return write_wide_model(tmp_path_factory.mktemp("models") / "wide", num_layers=30)[0]
 
 
-# What a vLLM process of this kind allocates without any layer is about 1.3 GiB, thread stacks
-# included; these are 0.6 GiB more, and the model's layers are 0.96.
-LIMIT = 1950 << 20
+# What a vLLM process of this kind allocates without any layer is about 0.9 GiB, thread stacks and a
+# file of weights included; this is 1.1 GiB more, and the model's layers are 1.44.
+LIMIT = 2000 << 20
 SMALL = {"max_num_seqs": 4, "num_gpu_blocks_override": 64}
 
 
@@ -55,10 +55,10 @@ def test_a_model_too_large_for_one_process_runs_in_two(wide, capsys):
     engine = engine_of(wide, **SMALL)
     whole = play(engine, made, data_bytes=LIMIT)
     assert whole.result is None
-    assert "allocate memory" in whole.log or "MemoryError" in whole.log
-    with stage_of(wide, "5:15", "--kv-bytes", "64MiB", data_bytes=LIMIT) as stage:
+    assert "allocate memory" in whole.log
+    with stage_of(wide, "8:22", "--kv-bytes", "64MiB", data_bytes=LIMIT) as stage:
         stage.wait_ready()
-        engine["mcp_split"] = split_of("5:15", stage.address, local_fallback=False)
+        engine["mcp_split"] = split_of("8:22", stage.address, local_fallback=False)
         split = play(engine, made, data_bytes=LIMIT)
         held = rss_anon_bytes(stage.pid)
     reference = play(engine_of(wide, **SMALL), made)
@@ -71,17 +71,16 @@ def test_a_model_too_large_for_one_process_runs_in_two(wide, capsys):
 
 
 def test_a_stage_takes_as_many_layers_as_memory_has_and_fewer_when_it_has_less(wide, capsys):
-    """`auto` believes that 18 layers fit, and the process's limit does not allow it."""
+    """`auto` believes that 28 layers fit, and the process's limit does not allow it."""
     made = requests(4, 16)
-    auto = ("--memory-bytes", "2GiB", "--kv-bytes", "64MiB")
+    auto = ("--memory-bytes", "4GiB", "--kv-bytes", "64MiB")
     with stage_of(wide, "auto", *auto, name="auto", data_bytes=LIMIT) as stage:
         stage.wait_ready()
         log = stage.log.read_text()
-        tried = re.findall(r"out of memory with layers 1:19: trying (\d+):(\d+)", log)
-        assert len(tried) == 1
+        assert "out of memory with layers 1:29: trying 4:26" in log
         ready = re.search(r"stage ready: layers (\d+):(\d+)", log)
         first, end = map(int, ready.groups())
-        assert 4 <= end - first < 18
+        assert 10 < end - first <= 22
         layers = f"{first + 1}:{end - 1}"  # some of those that it holds
         engine = engine_of(wide, **SMALL, mcp_split=split_of(layers, stage.address))
         split = play(engine, made)
@@ -92,13 +91,12 @@ def test_a_stage_takes_as_many_layers_as_memory_has_and_fewer_when_it_has_less(w
 
 def test_a_step_that_takes_too_long_is_tried_again_with_more_time_then_here(wide, capsys):
     """The stage answers pings, so it is alive; its steps of 2,000 tokens take far over 0.15 s."""
-    made = [Request(list(range(10, 900)), 4) for _ in range(3)]
-    for number, each in enumerate(made):
-        each.prompt[0] = 900 + number
+    rng = random.Random(4)
+    made = [Request([rng.randrange(10, VOCAB_SIZE) for _ in range(600)], 4) for _ in range(3)]
     engine = engine_of(wide, **SMALL, max_num_batched_tokens=4096)
-    with stage_of(wide, "1:19", "--kv-bytes", "512MiB", name="slow") as stage:
+    with stage_of(wide, "1:29", "--kv-bytes", "512MiB", name="slow") as stage:
         stage.wait_ready()
-        engine["mcp_split"] = split_of("1:19", stage.address, step_ms=100)
+        engine["mcp_split"] = split_of("1:29", stage.address, step_ms=100)
         split = play(engine, made)
     log = split.log
     assert "no answer within 0.1 s" in log, log[-5000:]
