@@ -169,7 +169,8 @@ class Stages:
     def dial_again(self, stage: str, span: Span) -> Link:
         """The same at a stage where our lease has just ended: while it gives that back, and
         finishes the step that was too slow, it is busy."""
-        until = time.monotonic() + self._patience_s(stage)
+        wait_s = max(self._patience_s(stage), self._config.connect_ms / 1000)
+        until = time.monotonic() + wait_s
         while True:
             try:
                 return self.dial(stage, span)
