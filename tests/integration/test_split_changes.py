@@ -133,7 +133,7 @@ def test_layers_come_home_when_the_link_has_become_slow_for_good(tiny_model, cap
     with capsys.disabled():
         for line in played.log.splitlines():
             if "moving" in line or "took over" in line:
-                print("\n  ", line.partition("] ")[2])
+                print("\n  ", line.partition("] ")[2] or line)
         print("   near-ties:", ties)
 
 
