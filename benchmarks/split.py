@@ -53,7 +53,13 @@ def main() -> None:
     model = str(args.model or ensure_gemma())
     console = Console()
     with stage(model, args) as address, contextlib.ExitStack() as stack:
-        split = {"layers": args.layers, "stages": [address], "form": args.form, "lost_ms": 10_000}
+        split = {
+            "layers": args.layers,
+            "stages": [address],
+            "form": args.form,
+            "lost_ms": 10_000,
+            "replan_s": 86_400,  # steps are timed, and layers stay where they are
+        }
         with console.status("starting two engines"):
             engines = {
                 "whole": stack.enter_context(engine(model, None, args.logs / "whole.log")),
