@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Engine and stage alike; small blocks and batches, so that prompts come in chunks.
 BLOCK, MODEL_LEN = 32, 1024
 # Two engines on two busy cores: silence means less here than on a machine of its own.
-PATIENT = {"lost_ms": 5000, "step_ms": 120_000, "connect_ms": 10_000}
+PATIENT = {"lost_ms": 5000, "step_ms": 120_000, "connect_ms": 10_000, "replan_s": 0}
 NEAR_TIE = 0.01
 START_S = 300.0
 
