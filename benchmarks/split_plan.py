@@ -40,6 +40,7 @@ from mcp_vllm.split.plan.measure import measure_here
 from mcp_vllm.split.plan.read import read_model
 from mcp_vllm.split.plan.request import MeasureRequest
 from mcp_vllm.split.plan.stage_probe import probe_stage
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 from tests.integration.split_parts import stage_of
 from tests.shaped_link import ShapedLink
 
@@ -97,7 +98,7 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     whole = (1, shape.num_layers - 1)
     links: dict[str, LinkFit] = {}
     request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
-    engine_figures = measure_here(request)
+    engine_figures = measure_here(request, shares_cores=True)
     _keep(keep, f"{name}-engine", engine_figures)
     local = fit_machine(engine_figures, shape, "--local", as_stage=False)
     rows = []
@@ -201,15 +202,20 @@ def engine(model: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
     }
     log = REPOSITORY / "build" / "test-logs" / "plan-engine.log"
     with log.open("w") as errors:
+        environment = {
+            **os.environ,
+            **default_environment(),
+            "PYTHONPATH": str(REPOSITORY),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        share_cores(environment)
         process = subprocess.Popen(
             [sys.executable, str(REPOSITORY / "benchmarks" / "split_plan_engine.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=os.environ
-            | default_environment()
-            | {"PYTHONPATH": str(REPOSITORY), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            env=environment,
         )
         try:
             _tell(process, {"engine": arguments | more})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from mcp_vllm.split.errors import SplitError
 from mcp_vllm.split.plan.figures import Figures
 from mcp_vllm.split.plan.request import MeasureRequest
+from mcp_vllm.vllm_plugin.shared_cores import share_cores
 
 _LONGEST_S = 1800.0
 
@@ -18,17 +20,24 @@ class MeasuringFailed(SplitError):
     """vLLM did not start or did not finish; repeats its last words."""
 
 
-def measure_here(request: MeasureRequest) -> Figures:
+def measure_here(request: MeasureRequest, shares_cores: bool = False) -> Figures:
     """Figures of this machine: vLLM runs the model's first layers with made-up weights.
+
+    Args:
+        shares_cores: a stage will run on this machine, too: threads wait as they do then.
 
     Raises MeasuringFailed.
     """
+    environ = dict(os.environ)
+    if shares_cores:
+        share_cores(environ)
     command = [sys.executable, "-m", "mcp_vllm.split.engine.measure"]
     try:
         ran = subprocess.run(
             command,
             input=request.model_dump_json().encode(),
             capture_output=True,
+            env=environ,
             timeout=_LONGEST_S,
             check=False,
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.split.activations import FORMS
 from mcp_vllm.split.errors import SplitError
@@ -203,7 +204,9 @@ class TaskPartitioner:
         if place.partition(":")[0] not in _DEVICES:
             return read_figures(Path(place), "--local")
         request = MeasureRequest.of(self._model, shape.dtype, shape.num_layers, self._load)
-        return measure_here(request)
+        stage = self._places["cloud"]
+        beside = stage.startswith(SCHEME) and Address.parse(stage.removeprefix(SCHEME)).is_loopback
+        return measure_here(request, shares_cores=beside)
 
     def _measure_cloud(self, shape: ModelShape) -> tuple[Figures, LinkFit, str | None]:
         place = self._places["cloud"]
