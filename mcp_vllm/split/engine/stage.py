@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 # Of the free memory, where no limit is given.
 _USED_SHARE = 0.7
+# For a step's activations and the threads of leases, beside weights and KV blocks.
+_HEADROOM_BYTES = 256 << 20
 
 
 class StageModel:
@@ -172,11 +174,21 @@ class StageModel:
         try:
             with loading_only(self._plan):
                 self._worker.load_model()
+            if self._is_auto:
+                self._try_the_rest()
         except Exception as error:
             if not is_out_of_memory(error) or not self._is_auto:
                 raise
             return False
         return True
+
+    def _try_the_rest(self) -> None:
+        """Allocate what leases will need beside the weights, and let it go again: a stage that has
+        loaded as much as it can dies of its first step."""
+        device = self._worker.worker.model_runner.device
+        torch.empty(
+            self._lease_bytes * self._max_leases + _HEADROOM_BYTES, dtype=torch.uint8, device=device
+        )
 
     def _shrink(self) -> None:
         """Plan for fewer layers. Raises SplitError: there was one only."""
@@ -189,6 +201,7 @@ class StageModel:
         compilation = self._config.compilation_config
         compilation.static_forward_context.clear()
         compilation.static_all_moe_layers.clear()
+        self._worker.worker.model_runner.model = None
         self._span = fewer
         self._plan = OnlySpan(*fewer, num_layers(self._config))
         gc.collect()
