@@ -96,7 +96,7 @@ def test_a_step_that_takes_too_long_is_tried_again_with_more_time_then_here(wide
     engine = engine_of(wide, **SMALL, max_num_batched_tokens=4096)
     with stage_of(wide, "1:29", "--kv-bytes", "512MiB", name="slow") as stage:
         stage.wait_ready()
-        engine["mcp_split"] = split_of("1:29", stage.address, step_ms=100)
+        engine["mcp_split"] = split_of("1:29", stage.address, step_ms=100, connect_ms=60_000)
         split = play(engine, made)
     log = split.log
     assert "no answer within 0.1 s" in log, log[-5000:]
