@@ -36,8 +36,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from gigabit_link import NoNetwork, ShapedLink, network_link, proxy_link
 from setting import describe, one_line
-from shaped_link import NoNetwork, ShapedLink, network_link, proxy_link
 from simulated import SimulatedEngine, key, until
 
 from mcp_vllm.demo.ask import Answer, ask

@@ -88,8 +88,9 @@ class _Calls:
         names = "/".join(quote(name, safe="") for name in (self._tenant, session_id))
         return f"/v1/sessions/{names}{operation}"
 
-    def sessions(self) -> _Call[SessionList]:
-        return _Call("GET", "/v1/sessions", SessionList)
+    def sessions(self, after: str | None) -> _Call[SessionList]:
+        place = "" if after is None else f"?after={quote(after, safe='')}"
+        return _Call("GET", f"/v1/sessions{place}", SessionList)
 
     def session(self, session_id: str) -> _Call[SessionSummary]:
         return _Call("GET", self.path(session_id), SessionSummary)
@@ -145,7 +146,13 @@ class MCPClient:
         self._http.close()
 
     def sessions(self) -> list[SessionSummary]:
-        return self._calls.own(self._run(self._calls.sessions()))
+        """All of the tenant's, by name."""
+        page = self._run(self._calls.sessions(None))
+        found = self._calls.own(page)
+        while page.next is not None:
+            page = self._run(self._calls.sessions(page.next))
+            found += self._calls.own(page)
+        return found
 
     def session(self, session_id: str) -> SessionSummary:
         return self._run(self._calls.session(session_id))
@@ -242,7 +249,13 @@ class AsyncMCPClient:
         await self._http.aclose()
 
     async def sessions(self) -> list[SessionSummary]:
-        return self._calls.own(await self._run(self._calls.sessions()))
+        """All of the tenant's, by name."""
+        page = await self._run(self._calls.sessions(None))
+        found = self._calls.own(page)
+        while page.next is not None:
+            page = await self._run(self._calls.sessions(page.next))
+            found += self._calls.own(page)
+        return found
 
     async def session(self, session_id: str) -> SessionSummary:
         return await self._run(self._calls.session(session_id))

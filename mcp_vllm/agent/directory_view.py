@@ -1,4 +1,5 @@
-"""What one peer says it has: the reader's side of `directory_wire`, without a socket.
+"""What one peer says it has, chunks and sessions: the reader's side of `directory_wire`, without a
+socket.
 
 Fed by `directory_link`, asked by `peers`. Whatever the peer sends, the view ends as the peer's own
 state, or is not `is_whole` and nobody relies on it. Owned by the agent's event loop.
@@ -20,6 +21,8 @@ from mcp_vllm.agent.directory_wire import (
     Entries,
     Follow,
     Message,
+    SessionNews,
+    SessionState,
     Slice,
     Start,
     Whole,
@@ -27,6 +30,9 @@ from mcp_vllm.agent.directory_wire import (
 from mcp_vllm.agent.wire import WIRE_VERSION, WireError
 from mcp_vllm.codec.loss import LOSSES, is_acceptable
 from mcp_vllm.errors import McpError
+
+# What a session costs in memory, in entries of a `ChunkSet`.
+SESSION_WEIGHT = 14
 
 
 class DirectoryGap(McpError):
@@ -57,15 +63,25 @@ class DirectoryView:
         self._begun = False
         self._in_snapshot = False
         self._chunks: dict[bytes, ChunkSet] = {}
+        self._sessions: dict[int, SessionState] = {}
 
     @property
     def weight(self) -> int:
         """Entries, those in recent changes at their price in memory (`ChunkSet.weight`)."""
-        return sum(chunks.weight for chunks in self._chunks.values())
+        of_chunks = sum(chunks.weight for chunks in self._chunks.values())
+        return of_chunks + SESSION_WEIGHT * len(self._sessions)
 
     @property
     def num_chunks(self) -> int:
         return sum(len(chunks.snapshot().hashes) for chunks in self._chunks.values())
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    def session(self, name: int) -> SessionState | None:
+        """How far the session of that `session_hash` is there; None: it is not there."""
+        return self._sessions.get(name)
 
     def follow(self) -> Follow:
         """What to ask the peer for: the changes since what is known, or everything.
@@ -83,6 +99,7 @@ class DirectoryView:
         self.is_whole = self._in_snapshot = False
         self._seq = 0
         self._chunks.clear()
+        self._sessions.clear()
 
     def apply(self, message: Message) -> None:
         """Take one message.
@@ -94,7 +111,7 @@ class DirectoryView:
         try:
             self._apply(message)
             if self.weight > self._max_entries():
-                raise DirectoryTooLarge(f"it has more than {self._max_entries()} chunks")
+                raise DirectoryTooLarge(f"it has more than {self._max_entries()} entries")
         except McpError:
             self.forget()
             raise
@@ -147,15 +164,18 @@ class DirectoryView:
                 if not self._in_snapshot:
                     raise WireError("malformed", "a part of a snapshot that has not begun")
                 self._note(message.entries)
+                self._note_sessions(message.sessions)
             case Whole():
                 if not self._in_snapshot or message.seq != self._seq:
                     raise WireError("malformed", "the end of a snapshot that has not begun")
-                if message.num_chunks != self.num_chunks:
+                told = (message.num_chunks, message.num_sessions)
+                if told != (self.num_chunks, self.num_sessions):
                     raise DirectoryGap("a part of the snapshot is missing")
                 self._in_snapshot, self.is_whole = False, True
             case Changes():
                 self._expect(message.seq, self._seq + 1)
                 self._note(message.entries)
+                self._note_sessions(message.sessions)
                 self._seq = message.seq
             case Beat():
                 self._expect(message.seq, self._seq)
@@ -187,6 +207,11 @@ class DirectoryView:
                     chunks.add(directory_wire.from_wire(packed), its_rank)
             if each.removed:
                 chunks.remove(directory_wire.from_wire(each.removed))
+
+    def _note_sessions(self, news: SessionNews) -> None:
+        self._sessions.update(directory_wire.unpack_sessions(news.put))
+        for name in directory_wire.from_wire(news.gone).tolist():
+            self._sessions.pop(name, None)
 
     def _make_room(self) -> None:
         """For one more namespace; the empty ones leave. Raises DirectoryTooLarge."""

@@ -31,7 +31,10 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation("GET", "/v1/sessions", "All sessions.", api.SessionList),
+    Operation(
+        "GET", "/v1/sessions", f"Sessions by name, a page of {api.MAX_PAGE} at most.",
+        api.SessionList, query=("limit", "after"),
+    ),
     Operation("GET", ONE, "One session.", api.SessionSummary),
     Operation("DELETE", ONE, "Forget it, and the chunks that no other session has.", None),
     Operation(

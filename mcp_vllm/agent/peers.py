@@ -15,12 +15,14 @@ from mcp_vllm.agent.chunk_set import hash_as
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_link import DirectoryLink, Pace
 from mcp_vllm.agent.directory_view import DirectoryView
+from mcp_vllm.agent.directory_wire import SessionState, session_hash
 from mcp_vllm.agent.nearest import nearest_first
 from mcp_vllm.agent.peer import Following, Peer, PeerFailure
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.session.manifest import SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,18 @@ class Peers:
             )  # fmt: skip
         nearest_first(holders, raw_bytes)
         return holders
+
+    def holders_of(self, key: SessionKey) -> list[tuple[Peer, SessionState]]:
+        """The peers that say they have the session, and how far: the furthest first, of those the
+        nearest. Answered from their directories; nobody is asked."""
+        name = session_hash(key)
+        known = [
+            (peer, state)
+            for peer in self
+            if not peer.is_down and (state := peer.directory.session(name)) is not None
+        ]
+        known.sort(key=lambda each: (-each[1].turns, each[0].plan.meter.expected.latency_s))
+        return known
 
     async def close(self) -> None:
         links = list(self._links.values())

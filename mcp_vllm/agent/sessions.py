@@ -24,7 +24,7 @@ from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
 from mcp_vllm.codec import CodecError
 from mcp_vllm.errors import McpError
 from mcp_vllm.security.seals import SealError, is_sealed
-from mcp_vllm.session.api import DrainStep, Transfer
+from mcp_vllm.session.api import DrainStep, SessionHolder, Transfer
 from mcp_vllm.session.archive import (
     MAX_FRAME_BYTES,
     ArchivedFrame,
@@ -71,6 +71,13 @@ class Sessions:
         if manifest is None:
             raise SessionError(404, "no such session")
         return manifest
+
+    def holders(self, key: SessionKey) -> list[SessionHolder]:
+        """The peers that say they have it, the furthest first."""
+        return [
+            SessionHolder(peer.name, state.turns, state.num_tokens)
+            for peer, state in self._peers.holders_of(key)
+        ]
 
     def held(self, manifest: Manifest) -> dict[ChunkKey, Held]:
         """The session's chunks that are here, in memory or on disk."""
@@ -259,9 +266,11 @@ class Sessions:
         return await self._pull(key, peer, survives=releases)
 
     async def prefetch(self, key: SessionKey) -> Transfer:
-        """Fetch the session from whichever peer has it."""
+        """Fetch the session from the peer where it is furthest, as announced; the others are asked
+        after those, since what was announced may be a moment old."""
         causes = []
-        for peer in self._peers:
+        holders = [peer for peer, _ in self._peers.holders_of(key)]
+        for peer in (*holders, *(each for each in self._peers if each not in holders)):
             try:
                 return await self._pull(key, peer)
             except (PeerFailure, SessionError) as error:

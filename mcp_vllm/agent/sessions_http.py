@@ -4,8 +4,10 @@ archives and the steps of a drain are streamed."""
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TypeVar
+from urllib.parse import quote, unquote
 
 import msgspec
 from aiohttp import web
@@ -16,6 +18,7 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
 from mcp_vllm.session.api import (
     ARCHIVE_TYPE,
+    MAX_PAGE,
     ONE,
     Failure,
     ForkRequest,
@@ -61,9 +64,13 @@ class SessionsHttp:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
-        asking = present_principal()
-        seen = (each for each in self._context.sessions if asking.sees(each.key.tenant))
-        return _json(SessionList([self._summary(each) for each in seen]))
+        asking, limit = present_principal(), _page_size(request)
+        after = _place_before(request)
+        keys = (each.key for each in self._context.sessions if asking.sees(each.key.tenant))
+        page = heapq.nsmallest(limit + 1, (key for key in keys if after is None or key > after))
+        summaries = [self._summary(self._sessions.get(key)) for key in page[:limit]]
+        more = len(page) > limit
+        return _json(SessionList(summaries, _place(page[limit - 1]) if more else None))
 
     async def _show(self, request: web.Request) -> web.Response:
         return self._answer(self._sessions.get(_key(request)))
@@ -176,6 +183,7 @@ class SessionsHttp:
             raw_bytes=sum(chunk.raw_bytes for chunk in held),
             held_bytes=sum(chunk.held_bytes for chunk in held),
             pinned_until_s=self._context.pins.until_s(manifest.key),
+            holders=self._sessions.holders(manifest.key),
         )
 
 
@@ -192,6 +200,26 @@ async def session_errors(request: web.Request, handler):  # type: ignore[no-unty
 def _key(request: web.Request) -> SessionKey:
     names = request.match_info
     return visible(_checked(names["tenant"], names["session_id"]))
+
+
+def _page_size(request: web.Request) -> int:
+    text = request.query.get("limit", str(MAX_PAGE))
+    if not text.isdecimal() or not 0 < int(text) <= MAX_PAGE:
+        raise SessionError(400, f"limit: a number from 1 to {MAX_PAGE}, not {text[:20]!r}")
+    return int(text)
+
+
+def _place(key: SessionKey) -> str:
+    """Where a page ends, as `_place_before` reads it: names may hold any printable text."""
+    return "/".join(quote(name, safe="") for name in (key.tenant, key.session_id))
+
+
+def _place_before(request: web.Request) -> SessionKey | None:
+    place = request.query.get("after")
+    if place is None:
+        return None
+    tenant, _, session_id = place.partition("/")
+    return _checked(unquote(tenant), unquote(session_id))
 
 
 def _checked(tenant: str, session_id: str) -> SessionKey:

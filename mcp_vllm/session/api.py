@@ -11,6 +11,8 @@ from mcp_vllm.session.manifest import MAX_NAME_CHARS
 MAX_TTL_S = 365 * 24 * 3600.0
 # The route of one session.
 ONE = "/v1/sessions/{tenant}/{session_id}"
+# Sessions on one page of a list.
+MAX_PAGE = 1000
 ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -34,6 +36,14 @@ class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TTL_S)]
 
 
+class SessionHolder(msgspec.Struct):
+    """A peer that says it has the session, and how far it is there."""
+
+    peer: str
+    turns: int
+    num_tokens: int
+
+
 class SessionSummary(msgspec.Struct):
     """A session. Sizes in bytes; times in seconds since the epoch, by the agent's clock.
 
@@ -44,6 +54,7 @@ class SessionSummary(msgspec.Struct):
             sliding windows only the last windows are kept.
         raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
         pinned_until_s: None when it is not pinned.
+        holders: peers that have the session too, as announced: the furthest first.
     """
 
     tenant: str
@@ -60,10 +71,15 @@ class SessionSummary(msgspec.Struct):
     raw_bytes: int
     held_bytes: int
     pinned_until_s: float | None
+    holders: list[SessionHolder] = []
 
 
-class SessionList(msgspec.Struct):
+class SessionList(msgspec.Struct, omit_defaults=True):
+    """A page of sessions, by name. `next`: what to give as `after` for the next page; missing where
+    this is the last."""
+
     sessions: list[SessionSummary]
+    next: str | None = None
 
 
 class Transfer(msgspec.Struct):
