@@ -38,6 +38,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/blocks/fetch"): Rule(BLOCKS_READ, "blocks", all_tenants=True),
     ("GET", f"{ONE}/manifest"): Rule(BLOCKS_READ, "session"),
     ("POST", f"{ONE}/pull"): Rule(BLOCKS_READ, "session"),
+    ("POST", f"{ONE}/release"): Rule(BLOCKS_READ, "session"),
     ("GET", "/v1/sessions"): _READ_SESSION,
     ("GET", ONE): _READ_SESSION,
     ("GET", f"{ONE}/export"): _READ_SESSION,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcp_vllm.agent import directory_wire
-from mcp_vllm.agent.chunk_set import ChunkSet, Hashes
+from mcp_vllm.agent.chunk_set import ABSENT, ChunkSet, Hashes
 from mcp_vllm.agent.directory_wire import (
     About,
     Beat,
@@ -141,6 +141,13 @@ class DirectoryView:
             if is_acceptable(loss, lossy)
         ]
         return np.equal(ranks, accepted[0]) if len(accepted) == 1 else np.isin(ranks, accepted)
+
+    def has_all(self, namespace: bytes, hashes: Hashes) -> bool:
+        """Whether all of these are there, readable here or not."""
+        chunks = self._chunks.get(namespace)
+        if chunks is None:
+            return not len(hashes)
+        return bool(np.all(chunks.ranks_of(hashes) != ABSENT))
 
     def drop(self, namespace: bytes, hashes: Hashes) -> None:
         """These proved not to be there: do not believe in them until they are announced again."""

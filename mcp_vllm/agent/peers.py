@@ -107,6 +107,10 @@ class Peers:
         nearest_first(holders, raw_bytes)
         return holders
 
+    def is_there(self, agent_id: str) -> bool:
+        """Whether a peer of that id is known, and not down."""
+        return any(peer.directory.agent_id == agent_id and not peer.is_down for peer in self)
+
     def holders_of(self, key: SessionKey) -> list[tuple[Peer, SessionState]]:
         """The peers that say they have the session, and how far: the furthest first, of those the
         nearest. Answered from their directories; nobody is asked."""

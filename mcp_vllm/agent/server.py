@@ -26,6 +26,7 @@ from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.quotas import QuotaReports
+from mcp_vllm.agent.replicator import Replicator
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
@@ -141,6 +142,7 @@ class Agent:
                 asyncio.create_task(self._encoder.run()),
                 asyncio.create_task(security.watch()),
                 asyncio.create_task(discovery.run()),
+                asyncio.create_task(Replicator(self._context, self._peers).run()),
             ]
             await stop.wait()
         finally:

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.parking import ParkingFolder
@@ -107,7 +108,9 @@ class Sessions:
         if source.parked:
             raise SessionError(409, "the session is parked: wake it first")
         now_s = time.time()
-        forked = msgspec.structs.replace(source, key=target, created_s=now_s, last_used_s=now_s)
+        forked = msgspec.structs.replace(
+            source, key=target, created_s=now_s, last_used_s=now_s, replica_of=""
+        )
         self._context.sessions.put(forked)
         return forked
 
@@ -191,7 +194,9 @@ class Sessions:
             raise SessionError(400, str(error)) from error
         manifest = reader.manifest
         assert manifest is not None
-        manifest = msgspec.structs.replace(manifest, key=owner or manifest.key, parked=False)
+        manifest = msgspec.structs.replace(
+            manifest, key=owner or manifest.key, parked=False, replica_of=""
+        )
         if arrived - set(manifest.chunk_keys()):
             raise SessionError(400, "the archive holds chunks that its manifest does not name")
         present = self._context.sessions.get(manifest.key)
@@ -256,14 +261,22 @@ class Sessions:
 
     # ---- between agents ---------------------------------------------------------------------
 
-    async def pull(self, key: SessionKey, agent_id: str, *, releases: bool = False) -> Transfer:
-        """Fetch the session from the configured peer with that id; it appears once it is whole.
+    async def pull(self, key: SessionKey, asked: wire.SessionPull) -> Transfer:
+        """Fetch the session from the peer that `asked` names; it appears once it is whole.
 
-        With `releases` the peer is going to forget it: where there is a parking folder, this ends
-        only when the session would survive the end of this agent.
+        Where the peer is going to release it and there is a parking folder, this ends only when the
+        session would survive the end of this agent.
         """
-        peer = await self._peer_with_id(agent_id)
-        return await self._pull(key, peer, survives=releases)
+        return await self._pull(key, await self._peer_with_id(asked.agent_id), asked)
+
+    def release_replica(self, key: SessionKey, agent_id: str) -> None:
+        """The agent of that id needs its copy no more: forget it, unless it is (by now) a session
+        that lives here, or the copy of another agent that is there."""
+        manifest = self._context.sessions.get(key)
+        if manifest is None or not manifest.replica_of:
+            return
+        if manifest.replica_of == agent_id or not self._peers.is_there(manifest.replica_of):
+            self._release(manifest)
 
     async def prefetch(self, key: SessionKey) -> Transfer:
         """Fetch the session from the peer where it is furthest, as announced; the others are asked
@@ -272,22 +285,34 @@ class Sessions:
         holders = [peer for peer, _ in self._peers.holders_of(key)]
         for peer in (*holders, *(each for each in self._peers if each not in holders)):
             try:
-                return await self._pull(key, peer)
+                return await self._pull(key, peer, wire.SessionPull(""))
             except (PeerFailure, SessionError) as error:
                 causes.append(str(error))
         raise SessionError(404, f"no peer gave the session: {'; '.join(causes) or 'none there'}")
 
-    async def _pull(self, key: SessionKey, peer: Peer, *, survives: bool = False) -> Transfer:
+    async def _pull(self, key: SessionKey, peer: Peer, asked: wire.SessionPull) -> Transfer:
         async with self._lock(key):
             try:
                 manifest, sizes = await peer.manifest(key)
-                report = await SessionTransfer(self._context, peer, manifest, sizes).run()
+                if asked.replica:
+                    self._check_replica(manifest)
+                transfer = SessionTransfer(self._context, peer, manifest, sizes, asked.bytes_s)
+                report = await transfer.run()
             except (PeerFailure, TransferError) as error:
                 raise SessionError(502, str(error)) from error
-            self._appear(msgspec.structs.replace(manifest, parked=False))
-            if survives and self._parking is not None:
+            if asked.replica:
+                self._check_replica(manifest)  # a turn may have ended here meanwhile
+            home = asked.agent_id if asked.replica else ""
+            self._appear(msgspec.structs.replace(manifest, parked=False, replica_of=home))
+            if asked.releases and self._parking is not None:
                 await self._write_parked(key)
             return report
+
+    def _check_replica(self, manifest: Manifest) -> None:
+        """Raises SessionError where the session lives here, and is as far or further."""
+        present = self._context.sessions.get(manifest.key)
+        if present is not None and not present.replica_of and present.turns >= manifest.turns:
+            raise SessionError(409, "the session lives here, and is as far as the copy would be")
 
     async def copy(self, key: SessionKey, to: str) -> Transfer:
         """Let the peer `to` ("HOST:PORT") fetch the session from here."""
@@ -299,8 +324,8 @@ class Sessions:
             await self.wake(key)
         self.sizes(self.get(key))
         try:
-            peer = self._peer_named(to)
-            return await peer.pull(key, self._context.agent_id, releases=releases)
+            asked = wire.SessionPull(self._context.agent_id, releases)
+            return await self._peer_named(to).pull(key, asked)
         except PeerFailure as failure:
             raise SessionError(502, str(failure)) from failure
 
@@ -321,8 +346,13 @@ class Sessions:
         raise SessionError(409, "the session is in use: it was copied, and stays here too")
 
     async def drain(self) -> AsyncIterator[DrainStep]:
-        """Move every session to the peers in turn, one after the other."""
-        keys = [manifest.key for manifest in self._context.sessions]
+        """Move every session to the peers in turn, one after the other; copies of what lives at a
+        peer that is there stay."""
+        keys = [
+            manifest.key
+            for manifest in self._context.sessions
+            if not self._peers.is_there(manifest.replica_of)
+        ]
         targets = [peer.name for peer in self._peers]
         if not targets:
             raise SessionError(409, "there are no peers to move sessions to")
@@ -362,6 +392,9 @@ class Sessions:
         raise SessionError(404, f"{name} is not one of this agent's peers ({known})")
 
     async def _peer_with_id(self, agent_id: str) -> Peer:
+        known = [peer for peer in self._peers if peer.directory.agent_id == agent_id]
+        if known and not known[0].is_down:
+            return known[0]
         for peer in self._peers:
             try:
                 if (await peer.hello()).agent_id == agent_id:

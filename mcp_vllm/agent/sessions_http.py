@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -53,6 +54,7 @@ class SessionsHttp:
             web.post(f"{ONE}/copy", self._copy),
             web.post(f"{ONE}/move", self._move),
             web.post(f"{ONE}/pull", self._pull),
+            web.post(f"{ONE}/release", self._release),
             web.post(f"{ONE}/prefetch", self._prefetch),
             web.post(f"{ONE}/fork", self._fork),
             web.post(f"{ONE}/pin", self._pin),
@@ -121,8 +123,15 @@ class SessionsHttp:
 
     async def _pull(self, request: web.Request) -> web.Response:
         asked = wire.decode(wire.SessionPull, await request.read())
-        pulled = await self._sessions.pull(_key(request), asked.agent_id, releases=asked.releases)
+        if not 0 <= asked.bytes_s < math.inf:
+            raise SessionError(400, "bytes_s: no rate")
+        pulled = await self._sessions.pull(_key(request), asked)
         return web.Response(body=wire.encode(pulled), content_type="application/msgpack")
+
+    async def _release(self, request: web.Request) -> web.Response:
+        asked = wire.decode(wire.SessionRelease, await request.read())
+        self._sessions.release_replica(_key(request), asked.agent_id)
+        return web.Response(status=204)
 
     async def _prefetch(self, request: web.Request) -> web.Response:
         return _json(await self._sessions.prefetch(_key(request)))
@@ -183,6 +192,7 @@ class SessionsHttp:
             raw_bytes=sum(chunk.raw_bytes for chunk in held),
             held_bytes=sum(chunk.held_bytes for chunk in held),
             pinned_until_s=self._context.pins.until_s(manifest.key),
+            replica=bool(manifest.replica_of),
             holders=self._sessions.holders(manifest.key),
         )
 

@@ -206,6 +206,21 @@ class DiscoveryConfig(Section):
         return bool(self.dns) or self.registry is not None
 
 
+class ReplicationConfig(Section):
+    """Copies of each session at peers, made after its turns, so that a host that is lost takes no
+    context with it."""
+
+    replicas: int = Field(default=0, ge=0, le=16)
+    """Peers that keep a copy of each session that lives here. 0: none."""
+
+    bytes_s: ByteSize = Field(default=ByteSize(32 * _MIB), ge=64 << 10, le=_MAX_BYTES)
+    """Bytes a second that all copies together may take of the network."""
+
+    queue: int = Field(default=1_000, ge=1, le=1_000_000)
+    """Sessions that may wait to be copied. What finds no room is copied later: at its next turn, or
+    when all sessions are looked through, every 10 s."""
+
+
 class TenantQuota(Section):
     """What one tenant may have at most, in place of what every tenant may."""
 
@@ -329,6 +344,7 @@ class Config(Section):
     """Serve peers on a non-loopback address without TLS, and send them tokens without it."""
 
     discovery: DiscoveryConfig = DiscoveryConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     agent: AgentConfig = AgentConfig()
     codec: CodecConfig = CodecConfig()
     tenants: TenantsConfig = TenantsConfig()

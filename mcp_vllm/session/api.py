@@ -54,6 +54,7 @@ class SessionSummary(msgspec.Struct):
             sliding windows only the last windows are kept.
         raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
         pinned_until_s: None when it is not pinned.
+        replica: it lives at a peer; this is a copy in case that peer is lost.
         holders: peers that have the session too, as announced: the furthest first.
     """
 
@@ -72,6 +73,7 @@ class SessionSummary(msgspec.Struct):
     held_bytes: int
     pinned_until_s: float | None
     holders: list[SessionHolder] = []
+    replica: bool = False
 
 
 class SessionList(msgspec.Struct, omit_defaults=True):

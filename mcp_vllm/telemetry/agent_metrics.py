@@ -137,6 +137,23 @@ class AgentMetrics:
             ["source"],
             registry=r,
         )
+        self.replications = Counter(
+            "mcp_agent_replications",
+            "Copies of sessions for peers, by what came of them",
+            ["result"],
+            registry=r,
+        )
+        self.replicated_bytes = Counter(
+            "mcp_agent_replicated_bytes", "Frame bytes that copies of sessions took", registry=r
+        )
+        self.replication_queued = Gauge(
+            "mcp_agent_replication_queued", "Sessions that wait to be copied to peers", registry=r
+        )
+        self.replication_short = Gauge(
+            "mcp_agent_replication_short",
+            "Sessions that had fewer copies than configured when they were looked through last",
+            registry=r,
+        )
         self.peer_lookups = Counter(
             "mcp_agent_peer_lookups",
             "Lookups in peers, by who answered: their directory here, or they over the network",

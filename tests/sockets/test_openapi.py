@@ -9,7 +9,11 @@ from mcp_vllm.agent import openapi
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 # Between agents, not for operators.
-INTERNAL = {("GET", f"{openapi.ONE}/manifest"), ("POST", f"{openapi.ONE}/pull")}
+INTERNAL = {
+    ("GET", f"{openapi.ONE}/manifest"),
+    ("POST", f"{openapi.ONE}/pull"),
+    ("POST", f"{openapi.ONE}/release"),
+}
 
 
 def test_the_page_is_what_the_code_says():
