@@ -17,6 +17,7 @@ from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.agent.pins import SessionPins
 from mcp_vllm.agent.reader import Reader
+from mcp_vllm.agent.shared_store import open_shared
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
 from mcp_vllm.link.prefill import PrefillCost
@@ -70,7 +71,8 @@ class AgentContext:
         self.agent_id = uuid.uuid4().hex[:12]
         tenants = config.tenants
         self.store = RamStore(config.agent.ram_bytes, tenants=TenantLedger(tenants.ram_bytes_of))
-        self.tiers = Tiers(self.store, open_disk(config.agent.disk))
+        shared = open_shared(config.agent, self._may_lie_outside)
+        self.tiers = Tiers(self.store, open_disk(config.agent.disk), shared)
         self.sessions = SessionRegistry(config.agent.max_sessions, tenants.sessions_of)
         self.seals = Seals()
         self.metrics = AgentMetrics()
@@ -82,6 +84,7 @@ class AgentContext:
         self.prefills: dict[bytes, PrefillCost] = {}
         self.store_record = LoadRecord()
         self.disk_record = LoadRecord()
+        self.shared_record = LoadRecord()
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads
         self.codecs = AgentCodecs(config.codec, threads, cache_root())
@@ -105,9 +108,14 @@ class AgentContext:
         return None
 
     def is_readable(self, name: ChunkKey) -> bool:
-        """Whether the chunk is here, and opens."""
-        held = self.tiers.find(name)
+        """Whether the chunk is here or was found in the shared store, and opens."""
+        held = self.tiers.reach(name)
         return held is not None and self.seals.opens_key(name.tenant, seal_id_of(held))
+
+    def _may_lie_outside(self, name: ChunkKey, seal_id: str) -> bool:
+        """Whether the chunk may lie in the shared store as it is: a tenant's that has a key here
+        only sealed."""
+        return bool(seal_id) or not self.seals.key_ids(name.tenant)
 
     def sealed_by(self, name: ChunkKey, held: Held) -> str:
         """The id of the key that its frame is, or will be, sealed with; empty: not sealed."""

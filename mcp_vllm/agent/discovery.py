@@ -38,7 +38,7 @@ class Discovery:
     def __init__(
         self, config: Config, agent_id: str, port: int, peers: Peers, metrics: AgentMetrics
     ) -> None:
-        """Raises RegistryError when the registry cannot be used at all."""
+        """Raises RedisSetupError when the registry cannot be used at all."""
         self._config = config.discovery
         self._peers = peers
         self._metrics = metrics

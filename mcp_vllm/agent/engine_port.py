@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load import LoadJob
 from mcp_vllm.agent.load_decisions import LoadDecisions
 from mcp_vllm.agent.peer import Peer
-from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.peers import Holders, Peers
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.codec.loss import EXACT, rank, worst
 from mcp_vllm.errors import McpError
@@ -103,7 +103,7 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         num_slots=slots.num_slots,
         lookup_ms=context.config.agent.lookup_ms,
         load_ms=context.config.agent.load_ms,
-        asks_peers=context.config.seeks_peers,
+        asks_peers=context.config.seeks_elsewhere,
         wants_positions=bool(context.config.codec.lossy),
         shared_tenants=list(context.config.tenants.shared),
     )
@@ -276,23 +276,39 @@ class EnginePort:
             context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
             if request is not None:
                 request.decided |= message.whole
-            if absent and len(self._peers) and request is not None:
-                deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
-                groups = self.hello.groups
-                raw_bytes = sum(groups[group_index(key)].raw_bytes for key in absent)
-                holders = await self._peers.locate(
-                    self._fingerprint, absent, reader, deadline_s, raw_bytes
-                )
-                request.holders.update(holders)
+            if absent and request is not None:
+                elsewhere = await self._elsewhere(absent, reader, request)
                 for index, key in enumerate(message.keys):
-                    present[index] |= key in holders
-                context.metrics.lookup_keys.labels("peer").inc(len(holders))
-                context.metrics.lookup_keys.labels("miss").inc(len(absent) - len(holders))
-            else:
-                context.metrics.lookup_keys.labels("miss").inc(len(absent))
+                    present[index] |= key in elsewhere
+                absent = [key for key in absent if key not in elsewhere]
+            context.metrics.lookup_keys.labels("miss").inc(len(absent))
             if request is not None:
                 self._decide(message, request, present)
         await self._send(protocol.Found(message.lookup_id, bytes(present)))
+
+    async def _elsewhere(
+        self, absent: Sequence[bytes], reader: Reader, request: _Request
+    ) -> Collection[bytes]:
+        """Which of these a peer has, or else the shared store; within the lookup's deadline."""
+        context, loop = self._context, asyncio.get_running_loop()
+        until_s = loop.time() + LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
+        holders: Holders = {}
+        if len(self._peers):
+            groups = self.hello.groups
+            raw_bytes = sum(groups[group_index(key)].raw_bytes for key in absent)
+            holders = await self._peers.locate(
+                self._fingerprint, absent, reader, until_s - loop.time(), raw_bytes
+            )
+            request.holders.update(holders)
+            context.metrics.lookup_keys.labels("peer").inc(len(holders))
+        if context.tiers.shared is None or len(holders) == len(absent):
+            return holders
+        rest = [key for key in absent if key not in holders]
+        names = [name for key in rest for name in reader.names(self._namespace, key)]
+        await context.tiers.locate(names, until_s - loop.time())
+        found = [key for key in rest if context.readable(reader, self._namespace, key) is not None]
+        context.metrics.lookup_keys.labels("shared").inc(len(found))
+        return {*holders, *found}
 
     def _decide(self, message: protocol.Lookup, request: _Request, present: bytearray) -> None:
         """Hide from the engine what it computes sooner than it is loaded."""

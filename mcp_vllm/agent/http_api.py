@@ -106,6 +106,7 @@ class HttpApi:
                 "held_bytes": size.held_bytes,
                 "budget_bytes": size.budget_bytes,
                 "disk": self._disk_health(),
+                "shared": self._shared_health(),
             }
         )
 
@@ -122,6 +123,12 @@ class HttpApi:
             "budget_bytes": size.budget_bytes,
         }
 
+    def _shared_health(self) -> str:
+        shared = self._context.tiers.shared
+        if shared is None:
+            return "off"
+        return "ok" if shared.is_up else "down"
+
     async def _metrics(self, request: web.Request) -> web.Response:
         context, metrics = self._context, self._context.metrics
         size = context.store.size()
@@ -133,6 +140,8 @@ class HttpApi:
             metrics.directory_chunks.labels(peer.name).set(peer.directory.num_chunks)
         if context.tiers.disk is not None:
             metrics.set_disk(context.tiers.disk)
+        if context.tiers.shared is not None:
+            metrics.set_shared(context.tiers.shared)
         self._quotas.refresh()
         return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
 

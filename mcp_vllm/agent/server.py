@@ -78,7 +78,7 @@ class Agent:
         Raises:
             AgentError: the socket or the address cannot be used.
             SecurityError: a certificate, key or token file cannot be used.
-            RegistryError: the registry of peers cannot be used.
+            RedisSetupError: the registry of peers cannot be used.
         """
         # Codec threads give way to the event loop sooner than after 5 ms: a lookup has 40.
         sys.setswitchinterval(0.0005)
@@ -94,6 +94,8 @@ class Agent:
         self._peers = Peers(self._context, security)
         self._context.seals = security.seals
         kept = self._start_disk()
+        if self._context.tiers.shared is not None:
+            self._context.tiers.shared.start()
         quotas = QuotaReports(
             self._config.tenants,
             self._context.store,
@@ -155,8 +157,9 @@ class Agent:
             quotas.close()
             if kept is not None:
                 await kept.close()
-            if self._context.tiers.disk is not None:
-                await self._context.tiers.disk.close()
+            for tier in (self._context.tiers.shared, self._context.tiers.disk):
+                if tier is not None:
+                    await tier.close()
             security.close()
             self._context.close()
 

@@ -38,14 +38,14 @@ def _peer_address(text: str) -> str:
     return str(address)
 
 
-def _registry_url(text: str) -> str:
+def _redis_url(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in ("redis", "rediss") or not url.hostname:
         raise ValueError(f'"{text}" is not redis://HOST:PORT/DB, nor rediss:// for TLS')
     _ = url.port  # raises ValueError where it is none
     if url.password or url.query:
         raise ValueError(
-            'no password and no options here: the password goes into "registry_password_file"'
+            "no password and no options here: the password goes into a file, see the key beside it"
         )
     if not url.path.removeprefix("/").isdigit() and url.path not in ("", "/"):
         raise ValueError(f'"{text}" needs the number of a database after the slash')
@@ -71,7 +71,7 @@ def _known(kind: str, names: Sequence[str]) -> AfterValidator:
 
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 PeerAddress = Annotated[str, AfterValidator(_peer_address)]
-RegistryUrl = Annotated[str, AfterValidator(_registry_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 CodecName = Annotated[str, _known("codec", KNOWN_CODECS)]
 WireCodecName = Annotated[str, _known("codec", (AUTO, *KNOWN_CODECS, *LOSSY_TIERS))]
 LossyTier = Annotated[str, _known("lossy tier", LOSSY_TIERS)]
@@ -95,6 +95,29 @@ class DiskConfig(Section):
     """All that the files there may take."""
 
 
+class SharedStoreConfig(Section):
+    """A store that many hosts share, below memory and disk: a Redis or Valkey server. Blocks are
+    found there by any agent that uses the same server; who may use it may read and replace what is
+    not sealed (`security.seal_keys`)."""
+
+    url: RedisUrl | None = None
+    """`redis://HOST:PORT/DB`, or `rediss://` for TLS. Unset: no shared store. Needs
+    `mcp-vllm[redis]`."""
+
+    password_file: Path | None = None
+    """File with the server's password."""
+
+    ttl_s: int = Field(default=86_400, ge=0, le=10 * 365 * 86_400)
+    """Seconds that a block stays after its last use; 0: until the server evicts it
+    (`maxmemory-policy`)."""
+
+    max_frame_bytes: ByteSize = Field(default=ByteSize(16 * _MIB), ge=64 << 10, le=256 * _MIB)
+    """Larger blocks, as compressed, are neither written there nor read from there."""
+
+    queue_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
+    """Memory for blocks that wait to be written; what finds no room is not written."""
+
+
 class AgentConfig(Section):
     """The context agent: the process that stores blocks and talks to peers."""
 
@@ -109,6 +132,8 @@ class AgentConfig(Section):
     """Memory that the store of compressed blocks may use."""
 
     disk: DiskConfig = DiskConfig()
+
+    shared: SharedStoreConfig = SharedStoreConfig()
 
     landing_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
     """Shared memory through which fetched blocks enter an engine."""
@@ -185,7 +210,7 @@ class DiscoveryConfig(Section):
     dns_s: int = Field(default=5, ge=1, le=3600)
     """How often names are resolved again, in seconds."""
 
-    registry: RegistryUrl | None = None
+    registry: RedisUrl | None = None
     """`redis://HOST:PORT/DB`, or `rediss://` for TLS: a Redis or Valkey server where agents write
     their addresses and find the others'. Needs `mcp-vllm[redis]`."""
 
@@ -381,6 +406,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _shared_store_is_not_overheard(self) -> "Config":
+        url = urlsplit(self.agent.shared.url or "rediss://localhost")
+        near = Address(url.hostname or "", 0).is_loopback
+        if url.scheme == "redis" and not near and not self.insecure:
+            raise PydanticCustomError(
+                "plain_shared_store",
+                'blocks would travel to {host} in the clear: use "rediss://", '
+                'or "insecure: true" to allow that',
+                {"key": "agent.shared.url", "host": url.hostname},
+            )
+        return self
+
+    @model_validator(mode="after")
     def _advertises_an_address(self) -> "Config":
         everywhere = Address.parse(self.agent.listen).host in ("0.0.0.0", "::")
         if self.discovery.registry is not None and self.discovery.advertise is None and everywhere:
@@ -404,9 +442,9 @@ class Config(Section):
         return self
 
     @property
-    def seeks_peers(self) -> bool:
-        """Whether there may be peers, now or later."""
-        return bool(self.peers) or self.discovery.is_set
+    def seeks_elsewhere(self) -> bool:
+        """Whether there may be peers, now or later, or a shared store."""
+        return bool(self.peers) or self.discovery.is_set or self.agent.shared.url is not None
 
     @classmethod
     def load(
