@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 from aiohttp import web
@@ -71,6 +72,11 @@ class Agent:
         self._context = AgentContext(config)
         self._encoder = Encoder(self._context)
         self._engines: set[asyncio.Task[None]] = set()
+
+    @property
+    def codecs_loaded(self) -> Future[None]:
+        """Done when all is loaded that an agent loads beside its start."""
+        return self._context.codecs.loaded
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or, when owned, the end of standard input.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from mcp_vllm.agent import wire
-from mcp_vllm.agent.engine_port import LOOKUP_SHARE
+from mcp_vllm.agent.lookups import LOOKUP_SHARE
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.config import Config
 from mcp_vllm.doctor.agent_start import reachable_listen
