@@ -31,6 +31,8 @@ from mcp_vllm.session.api import (
     Failure,
     ForkRequest,
     PinRequest,
+    Placement,
+    Placements,
     SessionList,
     SessionSummary,
     Transfer,
@@ -104,6 +106,9 @@ class _Calls:
     def prefetch(self, session_id: str) -> _Call[Transfer]:
         return _Call("POST", self.path(session_id, "/prefetch"), Transfer)
 
+    def placements(self, session_id: str) -> _Call[Placements]:
+        return _Call("GET", self.path(session_id, "/placements"), Placements)
+
     def change(
         self, session_id: str, operation: str, body: msgspec.Struct | None = None
     ) -> _Call[SessionSummary]:
@@ -156,6 +161,10 @@ class MCPClient:
 
     def session(self, session_id: str) -> SessionSummary:
         return self._run(self._calls.session(session_id))
+
+    def placements(self, session_id: str) -> list[Placement]:
+        """Where it is cheapest to go on with, for `mcp_vllm.routing`."""
+        return self._run(self._calls.placements(session_id)).placements
 
     def delete(self, session_id: str) -> None:
         self._run(self._calls.delete(session_id))
@@ -259,6 +268,10 @@ class AsyncMCPClient:
 
     async def session(self, session_id: str) -> SessionSummary:
         return await self._run(self._calls.session(session_id))
+
+    async def placements(self, session_id: str) -> list[Placement]:
+        """Where it is cheapest to go on with, for `mcp_vllm.routing`."""
+        return (await self._run(self._calls.placements(session_id))).placements
 
     async def delete(self, session_id: str) -> None:
         await self._run(self._calls.delete(session_id))

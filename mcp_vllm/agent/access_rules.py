@@ -42,6 +42,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/sessions"): _READ_SESSION,
     ("GET", ONE): _READ_SESSION,
     ("GET", f"{ONE}/export"): _READ_SESSION,
+    ("GET", f"{ONE}/placements"): _READ,
+    ("POST", "/v1/placements"): _READ,
     ("DELETE", ONE): _WRITE_SESSION,
     ("POST", "/v1/sessions/import"): _WRITE_SESSION,
     **{

@@ -80,6 +80,8 @@ class AgentContext:
         self.flights = Flights()
         self.pins = SessionPins(self.store, self.names_of)
         self.fingerprints: dict[bytes, Fingerprint] = {}
+        # What a chunk is, by namespace and then by group.
+        self.groups: dict[bytes, Sequence[GroupLayout]] = {}
         # What computing costs this host's engines, by namespace, as they measured it.
         self.prefills: dict[bytes, PrefillCost] = {}
         self.store_record = LoadRecord()
@@ -152,9 +154,11 @@ class AgentContext:
         self.codecs.learn_engine(fingerprint.digest, fingerprint, groups)
         self.fingerprints.pop(fingerprint.digest, None)
         self.fingerprints[fingerprint.digest] = fingerprint
+        self.groups[fingerprint.digest] = groups
         while len(self.fingerprints) > MAX_NAMESPACES:
             oldest = next(iter(self.fingerprints))
             del self.fingerprints[oldest]
+            self.groups.pop(oldest, None)
             self.codecs.forget_engine(oldest)
             self.prefills.pop(oldest, None)
         return fingerprint.digest

@@ -7,7 +7,7 @@ state, or is not `is_whole` and nobody relies on it. Owned by the agent's event 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from mcp_vllm.agent.directory_wire import (
     Start,
     Whole,
 )
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.wire import WIRE_VERSION, WireError
 from mcp_vllm.codec.loss import LOSSES, is_acceptable
 from mcp_vllm.errors import McpError
@@ -141,6 +142,19 @@ class DirectoryView:
             if is_acceptable(loss, lossy)
         ]
         return np.equal(ranks, accepted[0]) if len(accepted) == 1 else np.isin(ranks, accepted)
+
+    def find_any(
+        self, namespace: bytes, hashes: Sequence[Hashes], reader: Reader
+    ) -> NDArray[np.bool_]:
+        """Which keys `reader` can use a chunk of; `hashes` are those of its tenants, one after the
+        other (`chunk_set.hash_as`)."""
+        opens = reader.opens or [()] * len(reader.tenants)
+        usable = [
+            self.find(namespace, of_tenant, reader.lossy, ids)
+            for of_tenant, ids in zip(hashes, opens, strict=True)
+        ]
+        found: NDArray[np.bool_] = np.any(usable, axis=0)
+        return found
 
     def has_all(self, namespace: bytes, hashes: Hashes) -> bool:
         """Whether all of these are there, readable here or not."""

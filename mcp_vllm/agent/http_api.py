@@ -17,6 +17,7 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_http import DirectoryHttp
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.placements_http import PlacementsHttp
 from mcp_vllm.agent.quotas import QuotaReports
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.sessions import Sessions
@@ -65,6 +66,7 @@ class HttpApi:
         self._sessions = SessionsHttp(context, sessions)
         self._encoder = encoder
         self._directory = DirectoryHttp(context)
+        self._placements = PlacementsHttp(context, peers)
 
     def application(self, guards: Sequence[Middleware]) -> web.Application:
         """The routes behind `guards`, the outermost first."""
@@ -81,6 +83,7 @@ class HttpApi:
                 web.post("/v1/blocks/lookup", self._lookup),
                 web.post("/v1/blocks/fetch", self._fetch),
                 *self._directory.routes(),
+                *self._placements.routes(),
                 *self._sessions.routes(),
             ]
         )

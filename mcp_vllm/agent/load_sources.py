@@ -121,14 +121,18 @@ class SourcesOf:
             return None
         source = self._peers.get(peers[0])
         if source is None:
-            source = self._peers[peers[0]] = self._peer(peers[0])
+            peer, lossy = peers[0], self.reader.lossy
+            source = self._peers[peer] = peer_source(self.context, peer, self.namespace, lossy)
         return source
 
-    def _peer(self, peer: Peer) -> PeerSource:
-        codecs = self.context.codecs
-        accepted = codecs.acceptable(self.reader.lossy)
-        speeds = codecs.speeds(self.namespace)
-        return PeerSource(peer, peer.plan.costs(accepted, speeds, self.context.codec_threads))
+
+def peer_source(
+    context: AgentContext, peer: Peer, namespace: bytes, lossy: Sequence[str]
+) -> PeerSource:
+    """The peer as a source of such chunks, for one who accepts those lossy tiers."""
+    accepted = context.codecs.acceptable(lossy)
+    speeds = context.codecs.speeds(namespace)
+    return PeerSource(peer, peer.plan.costs(accepted, speeds, context.codec_threads))
 
 
 def _is_fresh(at_s: float) -> bool:

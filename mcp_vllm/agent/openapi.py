@@ -47,6 +47,14 @@ OPERATIONS = (
     ),
     Operation("POST", f"{ONE}/prefetch", "Fetch it from whichever peer has it.", api.Transfer),
     Operation(
+        "GET", f"{ONE}/placements", "Where it is cheapest to go on with, for gateways.",
+        api.Placements,
+    ),
+    Operation(
+        "POST", "/v1/placements", "The same for a prompt, by the hashes of its blocks.",
+        api.Placements, api.PlacementRequest,
+    ),
+    Operation(
         "POST", f"{ONE}/fork", "The same context under another id.", api.SessionSummary,
         api.ForkRequest,
     ),

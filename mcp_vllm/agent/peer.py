@@ -153,12 +153,7 @@ class Peer:
         if not directory.knows(namespace):
             self.report_mismatch(fingerprint, directory.about.fingerprints)
             return ()
-        opens = reader.opens or [()] * len(reader.tenants)
-        usable = [
-            directory.find(namespace, of_tenant, reader.lossy, ids)
-            for of_tenant, ids in zip(hashes, opens, strict=True)
-        ]
-        (found,) = np.nonzero(np.logical_or.reduce(usable))
+        (found,) = np.nonzero(directory.find_any(namespace, hashes, reader))
         if not len(found) or not self.breaker.allow():
             return ()
         about = directory.about

@@ -72,17 +72,17 @@ class SessionsHttp:
         page = heapq.nsmallest(limit + 1, (key for key in keys if after is None or key > after))
         summaries = [self._summary(self._sessions.get(key)) for key in page[:limit]]
         more = len(page) > limit
-        return _json(SessionList(summaries, _place(page[limit - 1]) if more else None))
+        return json_answer(SessionList(summaries, _place(page[limit - 1]) if more else None))
 
     async def _show(self, request: web.Request) -> web.Response:
-        return self._answer(self._sessions.get(_key(request)))
+        return self._answer(self._sessions.get(session_key(request)))
 
     async def _delete(self, request: web.Request) -> web.Response:
-        self._sessions.delete(_key(request))
+        self._sessions.delete(session_key(request))
         return web.Response(status=204)
 
     async def _manifest(self, request: web.Request) -> web.Response:
-        key = _key(request)
+        key = session_key(request)
         manifest = await self._sessions.wake(key)
         sizes = self._sessions.sizes(manifest)
         offer = wire.SessionOffer(
@@ -92,7 +92,7 @@ class SessionsHttp:
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
         """From the byte that a `Range: bytes=N-` names, if `If-Match` names this very archive."""
-        manifest = await self._sessions.wake(_key(request))
+        manifest = await self._sessions.wake(session_key(request))
         tag = hashlib.blake2b(encode_manifest(manifest), digest_size=16).hexdigest()
         expected = request.headers.get("If-Match", f'"{tag}"')
         if expected != f'"{tag}"':
@@ -114,45 +114,45 @@ class SessionsHttp:
         return self._answer(manifest)
 
     async def _copy(self, request: web.Request) -> web.Response:
-        asked = await _body(request, TransferRequest)
-        return _json(await self._sessions.copy(_key(request), asked.to))
+        asked = await json_body(request, TransferRequest)
+        return json_answer(await self._sessions.copy(session_key(request), asked.to))
 
     async def _move(self, request: web.Request) -> web.Response:
-        asked = await _body(request, TransferRequest)
-        return _json(await self._sessions.move(_key(request), asked.to))
+        asked = await json_body(request, TransferRequest)
+        return json_answer(await self._sessions.move(session_key(request), asked.to))
 
     async def _pull(self, request: web.Request) -> web.Response:
         asked = wire.decode(wire.SessionPull, await request.read())
         if not 0 <= asked.bytes_s < math.inf:
             raise SessionError(400, "bytes_s: no rate")
-        pulled = await self._sessions.pull(_key(request), asked)
+        pulled = await self._sessions.pull(session_key(request), asked)
         return web.Response(body=wire.encode(pulled), content_type="application/msgpack")
 
     async def _release(self, request: web.Request) -> web.Response:
         asked = wire.decode(wire.SessionRelease, await request.read())
-        self._sessions.release_replica(_key(request), asked.agent_id)
+        self._sessions.release_replica(session_key(request), asked.agent_id)
         return web.Response(status=204)
 
     async def _prefetch(self, request: web.Request) -> web.Response:
-        return _json(await self._sessions.prefetch(_key(request)))
+        return json_answer(await self._sessions.prefetch(session_key(request)))
 
     async def _fork(self, request: web.Request) -> web.Response:
-        asked = await _body(request, ForkRequest)
-        return self._answer(self._sessions.fork(_key(request), asked.new_id))
+        asked = await json_body(request, ForkRequest)
+        return self._answer(self._sessions.fork(session_key(request), asked.new_id))
 
     async def _pin(self, request: web.Request) -> web.Response:
-        asked = await _body(request, PinRequest)
+        asked = await json_body(request, PinRequest)
         return await self._after(request, lambda key: self._sessions.pin(key, asked.ttl_s))
 
     async def _unpin(self, request: web.Request) -> web.Response:
         return await self._after(request, self._sessions.unpin)
 
     async def _park(self, request: web.Request) -> web.Response:
-        await self._sessions.park(_key(request))
-        return self._answer(self._sessions.get(_key(request)))
+        await self._sessions.park(session_key(request))
+        return self._answer(self._sessions.get(session_key(request)))
 
     async def _wake(self, request: web.Request) -> web.Response:
-        return self._answer(await self._sessions.wake(_key(request)))
+        return self._answer(await self._sessions.wake(session_key(request)))
 
     async def _drain(self, request: web.Request) -> web.StreamResponse:
         async def lines() -> AsyncIterator[bytes]:
@@ -168,12 +168,12 @@ class SessionsHttp:
     async def _after(
         self, request: web.Request, operation: Callable[[SessionKey], None]
     ) -> web.Response:
-        key = _key(request)
+        key = session_key(request)
         operation(key)
         return self._answer(self._sessions.get(key))
 
     def _answer(self, manifest: Manifest) -> web.Response:
-        return _json(self._summary(manifest))
+        return json_answer(self._summary(manifest))
 
     def _summary(self, manifest: Manifest) -> SessionSummary:
         held = self._sessions.held(manifest).values()
@@ -207,7 +207,8 @@ async def session_errors(request: web.Request, handler):  # type: ignore[no-unty
         return web.Response(status=error.status, body=body, content_type="application/json")
 
 
-def _key(request: web.Request) -> SessionKey:
+def session_key(request: web.Request) -> SessionKey:
+    """The session in the path, as far as the asker may know of it. Raises SessionError(400)."""
     names = request.match_info
     return visible(_checked(names["tenant"], names["session_id"]))
 
@@ -239,9 +240,12 @@ def _checked(tenant: str, session_id: str) -> SessionKey:
         raise SessionError(400, str(error)) from error
 
 
-async def _body(request: web.Request, kind: type[_Struct]) -> _Struct:
+async def json_body(
+    request: web.Request, kind: type[_Struct], max_bytes: int = MAX_BODY_BYTES
+) -> _Struct:
+    """The body as such a structure. Raises SessionError: 400 or 413."""
     body = await request.read()
-    if len(body) > MAX_BODY_BYTES:
+    if len(body) > max_bytes:
         raise SessionError(413, f"a body of {len(body)} bytes is too large")
     try:
         return msgspec.json.decode(body, type=kind)
@@ -249,7 +253,7 @@ async def _body(request: web.Request, kind: type[_Struct]) -> _Struct:
         raise SessionError(400, f"{kind.__name__}: {error}") from error
 
 
-def _json(answer: msgspec.Struct) -> web.Response:
+def json_answer(answer: msgspec.Struct) -> web.Response:
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 

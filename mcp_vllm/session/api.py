@@ -84,6 +84,48 @@ class SessionList(msgspec.Struct, omit_defaults=True):
     next: str | None = None
 
 
+class PlacementRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A prompt whose blocks are known, by vLLM's hashes of them.
+
+    Attributes:
+        namespace: of its engine, hexadecimal, as sessions have it.
+        keys: offload keys, hexadecimal: the block's hash and the KV cache group as 4 bytes; each
+            group's in order of position.
+        num_tokens: of the prompt; 0: as many as the blocks hold.
+    """
+
+    tenant: Name
+    namespace: Annotated[str, msgspec.Meta(max_length=128)]
+    keys: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=8192)
+    ]
+    num_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 0
+
+
+class Placement(msgspec.Struct):
+    """What going on with a context at one agent's engines takes.
+
+    Attributes:
+        agent: "HOST:PORT" of a peer as configured; empty: the agent that was asked.
+        held_chunks: of the context, there; `held_tokens` from its beginning, of `num_tokens`.
+        cost_s: seconds until the whole context is there: what is worth loading loaded from where
+            it is, the rest computed. `recompute_s`: to compute all of it.
+    """
+
+    agent: str
+    held_chunks: int
+    held_tokens: int
+    num_tokens: int
+    cost_s: float
+    recompute_s: float
+
+
+class Placements(msgspec.Struct):
+    """The cheapest first. Empty: no engine of that kind has connected to this agent."""
+
+    placements: list[Placement]
+
+
 class Transfer(msgspec.Struct):
     """What a transfer took: chunks of the session, how many of them travelled, their bytes."""
 

@@ -27,7 +27,9 @@ async def test_every_route_is_documented_and_every_documented_one_is_served(tmp_
         served = {
             (route.method, route.resource.canonical)
             for route in agent.application.router.routes()
-            if route.resource.canonical.startswith(("/v1/sessions", "/v1/drain", "/v1/peers"))
+            if route.resource.canonical.startswith(
+                ("/v1/sessions", "/v1/drain", "/v1/peers", "/v1/placements")
+            )
         }
     documented = {(each.method, each.path) for each in openapi.OPERATIONS}
     assert {each for each in served if each[0] != "HEAD"} == documented | INTERNAL
