@@ -2,11 +2,11 @@
 
     python examples/route.py [--model PATH]
 
-Starts two hosts on this machine (an agent and a `vllm serve` engine each). The gateway, a function of
-ten lines here, asks one agent before each turn and takes the engine with the first token soonest:
-`mcp_vllm.routing.rank`. The first turn is nobody's and goes to A. The second goes to A, too, which
-has the context. For the third, A is said to have a queue of a minute, so it goes to B, and B fetches
-what is cheaper to load than to compute.
+Starts two hosts on this machine (an agent and a `vllm serve` engine each). The gateway, a function
+of ten lines here, asks one agent before each turn and takes the engine with the first token
+soonest: `mcp_vllm.routing.rank`. The first turn is nobody's and goes to A. The second goes to A,
+too, which has the context. For the third, A is said to have a queue of a minute, so it goes to B,
+and B fetches what is cheaper to load than to compute.
 """
 
 import argparse
