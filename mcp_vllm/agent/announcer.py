@@ -77,6 +77,7 @@ class Announcer:
         for name in self._context.tiers:
             self._changed(name, True)
         self._context.tiers.watchers.append(self._changed)
+        self._context.seals.watchers.append(self._keys_changed)
         for manifest in self._context.sessions:
             self._session_changed(manifest.key, manifest)
         self._context.sessions.watchers.append(self._session_changed)
@@ -89,6 +90,7 @@ class Announcer:
         if self._changed in self._context.tiers.watchers:
             self._context.tiers.watchers.remove(self._changed)
             self._context.sessions.watchers.remove(self._session_changed)
+            self._context.seals.watchers.remove(self._keys_changed)
         self._wake()
 
     @property
@@ -127,6 +129,11 @@ class Announcer:
     def _changed(self, name: ChunkKey, present: bool) -> None:
         self._pending[name] = None
         self._soon()
+
+    def _keys_changed(self) -> None:
+        """What is not a frame yet will be sealed with another key: say anew of every chunk."""
+        for name in self._context.tiers:
+            self._changed(name, True)
 
     def _session_changed(self, key: SessionKey, manifest: Manifest | None) -> None:
         state = None if manifest is None else SessionState(manifest.turns, manifest.num_tokens)

@@ -151,6 +151,7 @@ class EnginePort:
             context.is_readable,
         )
         feed.start()
+        context.seals.watchers.append(feed.refresh)
         context.metrics.engines.inc()
         logger.info(
             "engine %s (pid %d) connected: %d host chunks of %d bytes, namespace %s",
@@ -174,6 +175,7 @@ class EnginePort:
             logger.exception("engine %s cannot be served any more", self.hello.engine_id)
         finally:
             feed.stop()
+            context.seals.watchers.remove(feed.refresh)
             await self._close()
             context.metrics.engines.dec()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.config import Address, DiscoveryConfig
@@ -54,12 +54,21 @@ class Registry:
         members = [self._member(entry) for entry in entries if entry != self._own]
         return [member for member in members if member is not None]
 
+    async def others(self) -> Sequence[Member]:
+        """The agents that are listed, and nothing is written. Raises RedisError or OSError."""
+        entries: list[Any] = await self._client.zrange(self._key, 0, MAX_ENTRIES - 1)
+        members = [self._member(entry) for entry in entries if entry != self._own]
+        return [member for member in members if member is not None]
+
     async def leave(self) -> None:
         """Take our entry away, and close the connection."""
         try:
             await self._client.zrem(self._key, self._own)
         finally:
-            await self._client.aclose()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
     def _member(self, entry: bytes) -> Member | None:
         """Whose entry it is; None, and a line in the log, for what no agent has written."""

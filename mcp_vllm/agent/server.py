@@ -186,8 +186,10 @@ class Agent:
         return kept
 
     def _sessions(self) -> Sessions:
-        folder = self._config.agent.parking_folder
-        parking = ParkingFolder(folder) if folder is not None else None
+        agent, tenants = self._config.agent, self._config.tenants
+        folder, parking = agent.parking_folder, None
+        if folder is not None:
+            parking = ParkingFolder(folder, int(agent.parking_bytes), tenants.parked_bytes_of)
         if parking is not None:
             for manifest in sorted(parking.manifests(), key=lambda each: each.last_used_s):
                 if not self._is_whole(manifest.key):

@@ -17,7 +17,7 @@ import msgspec
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.encoder import Encoder
-from mcp_vllm.agent.parking import ParkingFolder
+from mcp_vllm.agent.parking import ParkingFolder, ParkingFull
 from mcp_vllm.agent.peer import Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.received import check_received, keep_verified
@@ -246,6 +246,8 @@ class Sessions:
         assert self._parking is not None
         try:
             await self._parking.write(key, self.export(key))
+        except ParkingFull as error:
+            raise SessionError(507, str(error)) from error
         except OSError as error:
             raise SessionError(507, f"agent.parking_folder: {error.strerror}") from error
 

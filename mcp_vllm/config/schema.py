@@ -151,6 +151,9 @@ class AgentConfig(Section):
     parking_folder: Path | None = None
     """Folder for parked sessions; needed to park any. They survive the agent's end."""
 
+    parking_bytes: ByteSize = Field(default=ByteSize(64 * _GIB), ge=_MIB, le=_MAX_BYTES)
+    """All that the files of parked sessions may take; what would exceed it is not parked."""
+
     lookup_ms: int = Field(default=50, ge=1, le=60_000)
     """How long a request may wait to learn who has its blocks; after that it is a miss."""
 
@@ -258,6 +261,9 @@ class TenantQuota(Section):
     sessions: int = Field(default=0, ge=0, le=10_000_000)
     """Its sessions; 0: no quota."""
 
+    parked_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Files of its parked sessions; 0: no quota."""
+
 
 def _one_quota_each(quotas: tuple[TenantQuota, ...]) -> tuple[TenantQuota, ...]:
     unique(tuple(quota.tenant for quota in quotas))
@@ -279,10 +285,14 @@ class TenantsConfig(Section):
     sessions: int = Field(default=0, ge=0, le=10_000_000)
     """Sessions that a tenant may have; 0: no quota."""
 
+    parked_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Files of parked sessions that a tenant may have; what would exceed it is not parked. 0: no
+    quota."""
+
     quotas: Annotated[tuple[TenantQuota, ...], AfterValidator(_one_quota_each)] = Field(
         default=(), max_length=10_000
     )
-    """Tenants with other quotas: a list of `{tenant, ram_bytes, sessions}`."""
+    """Tenants with other quotas: a list of `{tenant, ram_bytes, sessions, parked_bytes}`."""
 
     @cached_property
     def _by_tenant(self) -> dict[str, TenantQuota]:
@@ -297,6 +307,11 @@ class TenantsConfig(Section):
         """The sessions that it may have; 0: no quota."""
         quota = self._by_tenant.get(tenant)
         return self.sessions if quota is None else quota.sessions
+
+    def parked_bytes_of(self, tenant: str) -> int:
+        """The bytes that files of its parked sessions may take; 0: no quota."""
+        quota = self._by_tenant.get(tenant)
+        return int(self.parked_bytes if quota is None else quota.parked_bytes)
 
 
 class TlsConfig(Section):
@@ -442,9 +457,14 @@ class Config(Section):
         return self
 
     @property
+    def seeks_peers(self) -> bool:
+        """Whether there may be peers, now or later."""
+        return bool(self.peers) or self.discovery.is_set
+
+    @property
     def seeks_elsewhere(self) -> bool:
         """Whether there may be peers, now or later, or a shared store."""
-        return bool(self.peers) or self.discovery.is_set or self.agent.shared.url is not None
+        return self.seeks_peers or self.agent.shared.url is not None
 
     @classmethod
     def load(

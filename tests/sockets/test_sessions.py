@@ -196,6 +196,23 @@ async def test_a_parked_session_needs_no_memory_and_survives_a_restart(tmp_path)
                 await loads_everything(there, payloads)
 
 
+async def test_what_would_be_too_much_is_not_parked_and_stays_as_it_is(tmp_path):
+    tenants = {"quotas": [{"tenant": "small", "parked_bytes": 10_000}]}
+    config = settings(parking_folder=tmp_path / "parked", tenants=tenants)
+    async with running_agent(config, tmp_path / "a.sock") as agent:
+        for tenant in ("small", "default"):
+            async with engine_with_session(agent, tmp_path, tenant=tenant):
+                pass
+        status, answer = await call(agent, "POST", "/v1/sessions/small/alice/park")
+        assert (status, "the tenant's parked sessions" in answer["error"]) == (507, True)
+        assert not list((tmp_path / "parked").iterdir())
+        shown = (await call(agent, "GET", "/v1/sessions/small/alice"))[1]
+        assert (shown["parked"], shown["held_chunks"]) == (False, 4)
+        assert (await call(agent, "POST", f"{ALICE}/park"))[0] == 200
+        assert (await call(agent, "POST", f"{ALICE}/wake"))[0] == 200
+        assert (await call(agent, "POST", f"{ALICE}/park"))[0] == 200, "counted once"
+
+
 async def test_parking_needs_a_folder(tmp_path):
     async with (
         running_agent(settings(), tmp_path / "a.sock") as agent,

@@ -35,6 +35,7 @@ from mcp_vllm.agent.wire import WIRE_VERSION, WireError
 from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.codec.loss import EXACT, LOSSES, rank
 from mcp_vllm.errors import McpError
+from mcp_vllm.security.seals import Seals
 from mcp_vllm.session.manifest import SessionKey, SessionRegistry
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
 from mcp_vllm.store.tiers import Tiers
@@ -63,6 +64,7 @@ def agent(
         store=store,
         sessions=SessionRegistry(1000) if sessions is None else sessions,
         tiers=Tiers(store),
+        seals=Seals(),
         fingerprints={},
         prefills={},
         config=SimpleNamespace(codec=SimpleNamespace(name="zstd")),
