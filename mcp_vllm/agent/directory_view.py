@@ -34,6 +34,8 @@ from mcp_vllm.errors import McpError
 
 # What a session costs in memory, in entries of a `ChunkSet`.
 SESSION_WEIGHT = 14
+# Kinds of readers, of which there are few, whose accepted kinds of chunks are remembered.
+MAX_KINDS = 64
 
 
 class DirectoryGap(McpError):
@@ -65,6 +67,7 @@ class DirectoryView:
         self._in_snapshot = False
         self._chunks: dict[bytes, ChunkSet] = {}
         self._sessions: dict[int, SessionState] = {}
+        self._kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], Sequence[int]] = {}
 
     @property
     def weight(self) -> int:
@@ -133,15 +136,23 @@ class DirectoryView:
         chunks = self._chunks.get(namespace)
         if chunks is None:
             return np.zeros(len(hashes), dtype=bool)
-        ranks = chunks.ranks_of(hashes)
-        accepted = [
-            directory_wire.NUM_LOSSES * place + its_rank
-            for place, seal in enumerate(self.about.seals)
-            if seal in (opens or ("",))
-            for its_rank, loss in enumerate(LOSSES)
-            if is_acceptable(loss, lossy)
-        ]
+        ranks, accepted = chunks.ranks_of(hashes), self._accepted(tuple(lossy), tuple(opens))
         return np.equal(ranks, accepted[0]) if len(accepted) == 1 else np.isin(ranks, accepted)
+
+    def _accepted(self, lossy: tuple[str, ...], opens: tuple[str, ...]) -> Sequence[int]:
+        """The kinds of chunks that such a reader can use; remembered for the next one like it."""
+        asked = (lossy, opens)
+        if asked not in self._kinds:
+            if len(self._kinds) >= MAX_KINDS:
+                self._kinds.clear()
+            self._kinds[asked] = [
+                directory_wire.NUM_LOSSES * place + its_rank
+                for place, seal in enumerate(self.about.seals)
+                if seal in (opens or ("",))
+                for its_rank, loss in enumerate(LOSSES)
+                if is_acceptable(loss, lossy)
+            ]
+        return self._kinds[asked]
 
     def find_any(
         self, namespace: bytes, hashes: Sequence[Hashes], reader: Reader
@@ -149,11 +160,12 @@ class DirectoryView:
         """Which keys `reader` can use a chunk of; `hashes` are those of its tenants, one after the
         other (`chunk_set.hash_as`)."""
         opens = reader.opens or [()] * len(reader.tenants)
-        usable = [
+        found, *others = (
             self.find(namespace, of_tenant, reader.lossy, ids)
             for of_tenant, ids in zip(hashes, opens, strict=True)
-        ]
-        found: NDArray[np.bool_] = np.any(usable, axis=0)
+        )
+        for each in others:
+            found |= each
         return found
 
     def has_all(self, namespace: bytes, hashes: Hashes) -> bool:
@@ -181,6 +193,7 @@ class DirectoryView:
                 self._start(message)
             case About():
                 self.about = message
+                self._kinds.clear()
             case Slice():
                 if not self._in_snapshot:
                     raise WireError("malformed", "a part of a snapshot that has not begun")

@@ -71,7 +71,7 @@ class Lookups:
         self._peers = peers
         self._fingerprint = fingerprint
         self._namespace = fingerprint.digest
-        self._groups = groups
+        self._sizes = [group.raw_bytes for group in groups]
         self._decisions = decisions
         found = context.metrics.lookup_keys.labels
         self._in_store, self._at_peers = found("store"), found("peer")
@@ -149,4 +149,5 @@ class Lookups:
         search.absent = [key for key in search.absent if key not in found]
 
     def _raw_bytes(self, keys: Sequence[bytes]) -> int:
-        return sum(self._groups[group_index(key)].raw_bytes for key in keys)
+        sizes = self._sizes
+        return sum([sizes[group_index(key)] for key in keys])
