@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Generator, Iterator
+import time
+import uuid
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +39,7 @@ from mcp_vllm.session.api import (
     SessionSummary,
     Transfer,
     TransferRequest,
+    UploadState,
 )
 from mcp_vllm.session.manifest import DEFAULT_TENANT
 
@@ -45,6 +48,8 @@ CONNECT_S = 5.0
 # A move takes as long as its bytes need.
 READ_S = 3600.0
 PIECE_BYTES = 1 << 20
+IMPORT_PATH = "/v1/sessions/import"
+IMPORT_ATTEMPTS, IMPORT_PAUSE_S = 5, 0.2
 
 _T = TypeVar("_T")
 
@@ -118,7 +123,11 @@ class _Calls:
         return [each for each in listed.sessions if each.tenant == self._tenant]
 
     def import_query(self, session_id: str | None) -> dict[str, str]:
-        return {"tenant": self._tenant, "session_id": session_id} if session_id else {}
+        owner = {"tenant": self._tenant, "session_id": session_id} if session_id else {}
+        return {**owner, "upload": uuid.uuid4().hex}
+
+    def upload_state(self, query: Mapping[str, str]) -> _Call[UploadState]:
+        return _Call("GET", f"/v1/sessions/import?upload={query['upload']}", UploadState)
 
 
 class MCPClient:
@@ -216,12 +225,24 @@ class MCPClient:
         unfinished.complete()
 
     def import_file(self, path: Path, session_id: str | None = None) -> SessionSummary:
-        """Take a session over from a file, under its own name or another of this tenant."""
-        with path.open("rb") as file, _no_answer():
-            response = self._http.post(
-                "/v1/sessions/import", params=self._calls.import_query(session_id), content=file
-            )
-        return _Call("POST", "", SessionSummary).result(response)
+        """Take a session over from a file, under its own name or another of this tenant. Where the
+        connection breaks, it goes on from what had come, `IMPORT_ATTEMPTS` times in all."""
+        query, offset = self._calls.import_query(session_id), 0
+        with path.open("rb") as file:
+            for attempt in range(IMPORT_ATTEMPTS):
+                file.seek(offset)
+                try:
+                    with _no_answer():
+                        response = self._http.post(
+                            IMPORT_PATH, params={**query, "offset": str(offset)}, content=file
+                        )
+                    return _Call("POST", "", SessionSummary).result(response)
+                except ApiError as error:
+                    if error.status or attempt == IMPORT_ATTEMPTS - 1:
+                        raise
+                time.sleep(IMPORT_PAUSE_S * 2**attempt)
+                offset = self._run(self._calls.upload_state(query)).received
+        raise AssertionError("the last attempt returns or raises")
 
     def _run(self, call: _Call[_T]) -> _T:
         with _no_answer():
@@ -321,13 +342,24 @@ class AsyncMCPClient:
         unfinished.complete()
 
     async def import_file(self, path: Path, session_id: str | None = None) -> SessionSummary:
-        with path.open("rb") as file, _no_answer():
-            response = await self._http.post(
-                "/v1/sessions/import",
-                params=self._calls.import_query(session_id),
-                content=_pieces(file),
-            )
-        return _Call("POST", "", SessionSummary).result(response)
+        query, offset = self._calls.import_query(session_id), 0
+        with path.open("rb") as file:
+            for attempt in range(IMPORT_ATTEMPTS):
+                file.seek(offset)
+                try:
+                    with _no_answer():
+                        response = await self._http.post(
+                            IMPORT_PATH,
+                            params={**query, "offset": str(offset)},
+                            content=_pieces(file),
+                        )
+                    return _Call("POST", "", SessionSummary).result(response)
+                except ApiError as error:
+                    if error.status or attempt == IMPORT_ATTEMPTS - 1:
+                        raise
+                await asyncio.sleep(IMPORT_PAUSE_S * 2**attempt)
+                offset = (await self._run(self._calls.upload_state(query))).received
+        raise AssertionError("the last attempt returns or raises")
 
     async def _run(self, call: _Call[_T]) -> _T:
         with _no_answer():

@@ -46,6 +46,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/placements"): _READ,
     ("DELETE", ONE): _WRITE_SESSION,
     ("POST", "/v1/sessions/import"): _WRITE_SESSION,
+    ("GET", "/v1/sessions/import"): Rule(SESSIONS_WRITE),
     **{
         ("POST", f"{ONE}/{operation}"): _WRITE_SESSION
         for operation in ("copy", "move", "prefetch", "fork", "pin", "unpin", "park", "wake")

@@ -70,7 +70,12 @@ OPERATIONS = (
     ),
     Operation(
         "POST", "/v1/sessions/import", "Take a session over from such a file.", api.SessionSummary,
-        api.ARCHIVE_TYPE, ("tenant", "session_id"),
+        api.ARCHIVE_TYPE, ("tenant", "session_id", "upload", "offset"),
+    ),
+    Operation(
+        "GET", "/v1/sessions/import",
+        "Where an import that was named by `upload` goes on, with `offset`, after it broke off.",
+        api.UploadState, query=("upload",),
     ),
     Operation(
         "POST", "/v1/drain", "Move every session to the peers; a `DrainStep` a line.",

@@ -22,6 +22,7 @@ from mcp_vllm.agent.peer import Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.received import check_received, keep_verified
 from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
+from mcp_vllm.agent.uploads import Upload
 from mcp_vllm.codec import CodecError
 from mcp_vllm.errors import McpError
 from mcp_vllm.security.seals import SealError, is_sealed
@@ -174,20 +175,25 @@ class Sessions:
         pieces: AsyncIterator[bytes],
         owner: SessionKey | None = None,
         only_tenant: str | None = None,
+        upload: Upload | None = None,
     ) -> Manifest:
         """Take over a session from an archive, as `owner` or under its own name.
 
         Chunks are verified and kept as they come; the session appears when the archive has proved
-        whole. Raises SessionError: 400 for a bad archive, 403 for a tenant other than `only_tenant`
-        (None: any), 409 when the session is here already, 507 when it does not fit.
+        whole. `upload` is one that goes on where it stopped. Raises SessionError: 400 for a bad
+        archive, 403 for a tenant other than `only_tenant` (None: any), 409 when the session is here
+        already, 507 when it does not fit.
         """
-        reader = ArchiveReader()
-        arrived: set[bytes] = set()
+        upload = upload or Upload()
+        reader, arrived = upload.reader, upload.arrived
         try:
             async for piece in pieces:
+                upload.is_waiting = False
                 for archived in reader.feed(piece):
                     _check_tenant(reader, owner, only_tenant)
                     arrived.add(await self._keep(reader, archived, owner))
+                upload.received += len(piece)
+                upload.is_waiting = True
             reader.close()
             _check_tenant(reader, owner, only_tenant)
         except (ArchiveError, CodecError) as error:

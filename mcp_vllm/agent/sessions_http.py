@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -17,6 +18,7 @@ from mcp_vllm.agent import openapi, wire
 from mcp_vllm.agent.access import note_session, present_principal, visible
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.sessions import SessionError, Sessions
+from mcp_vllm.agent.uploads import Upload, UploadError, Uploads
 from mcp_vllm.session.api import (
     ARCHIVE_TYPE,
     MAX_PAGE,
@@ -27,11 +29,14 @@ from mcp_vllm.session.api import (
     SessionList,
     SessionSummary,
     TransferRequest,
+    UploadState,
 )
 from mcp_vllm.session.archive import encode_manifest
 from mcp_vllm.session.manifest import Manifest, SessionKey, SessionNameError, checked_name
 
 MAX_BODY_BYTES = 64 << 10
+MAX_OFFSET_DIGITS = 18
+UPLOAD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
@@ -42,11 +47,13 @@ class SessionsHttp:
     def __init__(self, context: AgentContext, sessions: Sessions) -> None:
         self._context = context
         self._sessions = sessions
+        self._uploads = Uploads()
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v1/sessions", self._list),
             web.post("/v1/sessions/import", self._import),
+            web.get("/v1/sessions/import", self._upload_state),
             web.get(ONE, self._show),
             web.delete(ONE, self._delete),
             web.get(f"{ONE}/manifest", self._manifest),
@@ -107,11 +114,37 @@ class SessionsHttp:
         if {"tenant", "session_id"} <= set(request.query):
             owner = _checked(request.query["tenant"], request.query["session_id"])
             note_session(owner)
-        pieces = aiter(request.content.iter_any())
-        tenant = present_principal().tenant
-        manifest = await self._sessions.import_archive(pieces, owner, tenant)
+        pieces, tenant = aiter(request.content.iter_any()), present_principal().tenant
+        who = _upload(request)
+        if who is None:
+            manifest = await self._sessions.import_archive(pieces, owner, tenant)
+        else:
+            upload = self._take_upload(who, request)
+            try:
+                manifest = await self._sessions.import_archive(pieces, owner, tenant, upload)
+            except SessionError:
+                raise
+            except BaseException:  # the connection broke, in the middle of the body
+                if upload.is_waiting:
+                    self._uploads.pause(who, upload)
+                raise
         note_session(manifest.key)
         return self._answer(manifest)
+
+    async def _upload_state(self, request: web.Request) -> web.Response:
+        who = _upload(request)
+        if who is None:
+            raise SessionError(400, "upload: which one?")
+        return json_answer(UploadState(self._uploads.received(who)))
+
+    def _take_upload(self, who: tuple[str, str], request: web.Request) -> Upload:
+        text = request.query.get("offset", "0")
+        if not text.isdecimal() or len(text) > MAX_OFFSET_DIGITS:
+            raise SessionError(400, f"offset: a number of bytes, not {text[:20]!r}")
+        try:
+            return self._uploads.take(who, int(text))
+        except UploadError as error:
+            raise SessionError(409, str(error)) from error
 
     async def _copy(self, request: web.Request) -> web.Response:
         asked = await json_body(request, TransferRequest)
@@ -211,6 +244,16 @@ def session_key(request: web.Request) -> SessionKey:
     """The session in the path, as far as the asker may know of it. Raises SessionError(400)."""
     names = request.match_info
     return visible(_checked(names["tenant"], names["session_id"]))
+
+
+def _upload(request: web.Request) -> tuple[str, str] | None:
+    """Who makes which upload, where one is named. Raises SessionError(400)."""
+    name = request.query.get("upload")
+    if name is None:
+        return None
+    if not UPLOAD_NAME.fullmatch(name):
+        raise SessionError(400, "upload: up to 64 letters, digits, - and _")
+    return present_principal().name, name
 
 
 def _page_size(request: web.Request) -> int:

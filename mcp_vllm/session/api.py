@@ -84,6 +84,12 @@ class SessionList(msgspec.Struct, omit_defaults=True):
     next: str | None = None
 
 
+class UploadState(msgspec.Struct):
+    """`received`: the bytes of an import that broke off which need not be sent again."""
+
+    received: int
+
+
 class PlacementRequest(msgspec.Struct, forbid_unknown_fields=True):
     """A prompt whose blocks are known, by vLLM's hashes of them.
 
