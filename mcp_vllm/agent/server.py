@@ -113,7 +113,7 @@ class Agent:
             self._context,
             self._encoder,
             self._peers,
-            self._sessions(),
+            self._sessions(kept),
             quotas,
             is_guarded=security.is_required,
         )
@@ -185,7 +185,7 @@ class Agent:
         logger.info("%s: %d chunks in %d MiB", config.path, size.num_chunks, size.file_bytes >> 20)
         return kept
 
-    def _sessions(self) -> Sessions:
+    def _sessions(self, kept: KeptSessions | None) -> Sessions:
         agent, tenants = self._config.agent, self._config.tenants
         folder, parking = agent.parking_folder, None
         if folder is not None:
@@ -194,7 +194,7 @@ class Agent:
             for manifest in sorted(parking.manifests(), key=lambda each: each.last_used_s):
                 if not self._is_whole(manifest.key):
                     self._context.sessions.put(manifest)
-        return Sessions(self._context, self._encoder, self._peers, parking)
+        return Sessions(self._context, self._encoder, self._peers, parking, kept)
 
     def _is_whole(self, key: SessionKey) -> bool:
         """Whether a session that was woken came back with all of its chunks: its parked file is

@@ -16,6 +16,7 @@ import msgspec
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.disk import KeptSessions
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.parking import ParkingFolder, ParkingFull
 from mcp_vllm.agent.peer import Peer, PeerFailure
@@ -56,12 +57,18 @@ class Sessions:
     """One per agent, owned by its event loop."""
 
     def __init__(
-        self, context: AgentContext, encoder: Encoder, peers: Peers, parking: ParkingFolder | None
+        self,
+        context: AgentContext,
+        encoder: Encoder,
+        peers: Peers,
+        parking: ParkingFolder | None,
+        kept: KeptSessions | None,
     ) -> None:
         self._context = context
         self._encoder = encoder
         self._peers = peers
         self._parking = parking
+        self._kept = kept
         self._locks: WeakValueDictionary[SessionKey, asyncio.Lock] = WeakValueDictionary()
         context.sessions.over_quota.append(self._forgotten)
 
@@ -272,8 +279,8 @@ class Sessions:
     async def pull(self, key: SessionKey, asked: wire.SessionPull) -> Transfer:
         """Fetch the session from the peer that `asked` names; it appears once it is whole.
 
-        Where the peer is going to release it and there is a parking folder, this ends only when the
-        session would survive the end of this agent.
+        Where the peer is going to release it and there is a parking folder or a disk, this ends
+        only when the session would survive the end of this agent.
         """
         return await self._pull(key, await self._peer_with_id(asked.agent_id), asked)
 
@@ -312,9 +319,21 @@ class Sessions:
                 self._check_replica(manifest)  # a turn may have ended here meanwhile
             home = asked.agent_id if asked.replica else ""
             self._appear(msgspec.structs.replace(manifest, parked=False, replica_of=home))
-            if asked.releases and self._parking is not None:
-                await self._write_parked(key)
+            if asked.releases:
+                await self._secure(self.get(key))
             return report
+
+    async def _secure(self, manifest: Manifest) -> None:
+        """Return when the session would survive the end of this agent, where there is a parking
+        folder or a disk. Raises SessionError(507)."""
+        if self._parking is not None:
+            await self._write_parked(manifest.key)
+        elif self._kept is not None:
+            on_disk = await self._context.tiers.persist(list(self.held(manifest)))
+            if not (on_disk and await self._kept.flush()):
+                raise SessionError(
+                    507, "the session does not fit on the disk: it is in memory only"
+                )
 
     def _check_replica(self, manifest: Manifest) -> None:
         """Raises SessionError where the session lives here, and is as far or further."""

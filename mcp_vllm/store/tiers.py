@@ -9,7 +9,7 @@ while. Without either all of this is what memory alone does. Owned by the agent'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mcp_vllm.security.seals import key_id_of
 from mcp_vllm.store.disk import DiskTier, Record, StoredFrame
@@ -92,6 +92,21 @@ class Tiers:
                 if chunk is not None:
                     self._ram.put(name, chunk)
         return chunk
+
+    async def persist(self, names: Sequence[ChunkKey]) -> bool:
+        """Write these to disk where they are not yet; whether all of them are there then."""
+        if self._disk is None:
+            return False
+        missing, before = list(names), len(names) + 1
+        while missing and len(missing) < before:
+            for name in missing:
+                chunk = self._ram.get(name)
+                if chunk is not None and chunk.frame is not None:
+                    self._keep_below(name, chunk)
+            await self._disk.flush()
+            before = len(missing)
+            missing = [name for name in missing if not self._disk.has_written(name)]
+        return not missing
 
     def touch(self, names: Iterable[ChunkKey]) -> None:
         """Mark the chunks of one chain, in chain order, as just used."""
