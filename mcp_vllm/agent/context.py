@@ -149,6 +149,17 @@ class AgentContext:
             for key in (manifest.chunk_keys() if keys is None else keys)
         ]
 
+    def held(self, manifest: Manifest) -> dict[ChunkKey, Held]:
+        """The session's chunks that are here, in memory or on disk."""
+        chunks = {name: self.tiers.find(name) for name in self.names_of(manifest)}
+        return {name: chunk for name, chunk in chunks.items() if chunk is not None}
+
+    def appear(self, manifest: Manifest) -> None:
+        """A session that came from elsewhere is here now; its parents are younger than children."""
+        for chain in manifest.chains:
+            self.tiers.touch(self.names_of(manifest, chain))
+        self.sessions.put(manifest)
+
     def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""
         self.codecs.learn_engine(fingerprint.digest, fingerprint, groups)

@@ -10,7 +10,7 @@ from mcp_vllm.agent.access import present_principal
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.placements import PlacementsOf, announced
-from mcp_vllm.agent.sessions import SessionError
+from mcp_vllm.agent.session_error import SessionError
 from mcp_vllm.agent.sessions_http import json_answer, json_body, session_key
 from mcp_vllm.link.protocol import MAX_KEY_BYTES
 from mcp_vllm.session.api import ONE, PlacementRequest, Placements

@@ -17,7 +17,8 @@ from aiohttp import web
 from mcp_vllm.agent import openapi, wire
 from mcp_vllm.agent.access import note_session, present_principal, visible
 from mcp_vllm.agent.context import AgentContext
-from mcp_vllm.agent.sessions import SessionError, Sessions
+from mcp_vllm.agent.session_error import SessionError
+from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.agent.uploads import Upload, UploadError, Uploads
 from mcp_vllm.session.api import (
     ARCHIVE_TYPE,
@@ -105,7 +106,7 @@ class SessionsHttp:
         if expected != f'"{tag}"':
             raise SessionError(412, "the session has changed since: export it from its start")
         start = _range_start(request)
-        pieces = _skipping(start, self._sessions.export(manifest.key))
+        pieces = _skipping(start, self._sessions.files.export(manifest))
         headers = {"Content-Type": ARCHIVE_TYPE, "ETag": f'"{tag}"'}
         return await _stream(request, pieces, headers, status=206 if start else 200)
 
@@ -115,13 +116,13 @@ class SessionsHttp:
             owner = _checked(request.query["tenant"], request.query["session_id"])
             note_session(owner)
         pieces, tenant = aiter(request.content.iter_any()), present_principal().tenant
-        who = _upload(request)
+        who, files = _upload(request), self._sessions.files
         if who is None:
-            manifest = await self._sessions.import_archive(pieces, owner, tenant)
+            manifest = await files.import_archive(pieces, owner, tenant)
         else:
             upload = self._take_upload(who, request)
             try:
-                manifest = await self._sessions.import_archive(pieces, owner, tenant, upload)
+                manifest = await files.import_archive(pieces, owner, tenant, upload)
             except SessionError:
                 raise
             except BaseException:  # the connection broke, in the middle of the body
@@ -209,7 +210,7 @@ class SessionsHttp:
         return json_answer(self._summary(manifest))
 
     def _summary(self, manifest: Manifest) -> SessionSummary:
-        held = self._sessions.held(manifest).values()
+        held = self._context.held(manifest).values()
         return SessionSummary(
             tenant=manifest.key.tenant,
             session_id=manifest.key.session_id,
