@@ -20,7 +20,7 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.chunk_set import Hashes, hash_keys
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_wire import session_hash
-from mcp_vllm.agent.peer import Peer, PeerFailure
+from mcp_vllm.agent.peer import Following, Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.session.api import Transfer
 from mcp_vllm.session.manifest import Manifest, SessionKey
@@ -196,7 +196,12 @@ class Replicator:
         """Peers to ask, in order: who has an older copy first, then by a hash of session and peer:
         the same ones each time, and others for other sessions."""
         name = session_hash(key)
-        there = [peer for peer in self._peers if not peer.is_down and peer.breaker.is_closed]
+        # Only who announces what it has can be told to have a copy.
+        there = [
+            peer
+            for peer in self._peers
+            if peer.following is Following.SYNCED and peer.breaker.is_closed
+        ]
 
         def order(peer: Peer) -> tuple[bool, int]:
             which = f"{name} {peer.directory.agent_id or peer.name}".encode()

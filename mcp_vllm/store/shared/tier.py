@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 # What a lookup found is believed for so long, and so many of them.
 KNOWN_S = 30.0
 MAX_KNOWN = 16_384
-# Chunks of one lookup that are asked for; the rest are misses.
-MAX_LOOKUP = 4096
+# Chunks of one lookup that are asked for, the front of the chain; the rest are misses: commands and
+# answers take the event loop some microseconds each.
+MAX_LOOKUP = 1024
 BATCH_BYTES = 4 << 20
 READS_AT_ONCE = 4
 # A server that moves less than this is down.
