@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import os
 import random
@@ -347,6 +348,7 @@ def main() -> None:
     load = Load(args.sessions, args.requests, args.peers, args.chunks, args.chunk_kib, args.seconds)
     console.print(one_line())
     console.print(f"load average before: {os.getloadavg()[0]:.1f}")
+    gc.freeze()  # latencies are measured in this process
     report = asyncio.run(measure(load, console))
     load_average = {"load average": f"{os.getloadavg()[0]:.1f}"}
     console.print(f"load average after: {load_average['load average']} (1 minute)")

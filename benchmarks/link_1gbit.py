@@ -36,8 +36,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from gigabit_link import NoNetwork, ShapedLink, network_link, proxy_link
 from setting import describe, one_line
-from shaped_link import NoNetwork, ShapedLink, network_link, proxy_link
 from simulated import SimulatedEngine, key, until
 
 from mcp_vllm.demo.ask import Answer, ask
@@ -115,6 +115,12 @@ def agents(link: ShapedLink, codec: dict[str, str], policy: str = "faster") -> I
             yield one, two
 
 
+def knows_all(agent: Agent, peer: Agent) -> bool:
+    """Whether the agent has been told of all chunks that its peer holds."""
+    told = [each["chunks"] for each in agent.get("/v1/peers")["peers"]]
+    return told == [peer.get("/healthz")["chunks"]]
+
+
 async def throughput(link: ShapedLink) -> list[float]:
     """Payload bytes a second of each round; the first one, which measures the link, is left out."""
     groups = (GroupLayout(((0, THROUGHPUT_CHUNK),), "bf16", 256),)
@@ -130,6 +136,7 @@ async def throughput(link: ShapedLink) -> list[float]:
         for number in range(THROUGHPUT_ROUNDS + 1):
             names = [key(number * THROUGHPUT_CHUNKS + i) for i in range(THROUGHPUT_CHUNKS)]
             await source.store(names, range(THROUGHPUT_CHUNKS))
+            await until(lambda: knows_all(two, one), "the directory")
             engine.prepare(f"r{number}")
             assert all(await engine.lookup(f"r{number}", names))
             begun_s = time.perf_counter()
@@ -159,6 +166,7 @@ async def predictions(link: ShapedLink, rounds: int) -> list[tuple[float, float]
             names = [key(number * CONTEXT_CHUNKS + at, group) for group, at in places]
             await source.store(names, range(len(names)))
             await until(lambda: one.get("/healthz")["raw_chunks_bytes"] == 0, "the encoder")
+            await until(lambda: knows_all(two, one), "the directory")
             engine.prepare(f"r{number}", prefill=A_SLOW_ENGINE)
             first = number * CONTEXT_CHUNKS
             whole = [

@@ -24,8 +24,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gigabit_link import running_throttles
 from setting import describe, one_line
-from shaped_link import running_throttles
 
 from mcp_vllm.demo.ask import Answer, ask
 from mcp_vllm.demo.document import research_ship_manual

@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Generator, Iterator
+import time
+import uuid
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,10 +34,13 @@ from mcp_vllm.session.api import (
     Failure,
     ForkRequest,
     PinRequest,
+    Placement,
+    Placements,
     SessionList,
     SessionSummary,
     Transfer,
     TransferRequest,
+    UploadState,
 )
 from mcp_vllm.session.cache_api import CacheView
 from mcp_vllm.session.manifest import DEFAULT_TENANT
@@ -45,6 +50,8 @@ CONNECT_S = 5.0
 # A move takes as long as its bytes need.
 READ_S = 3600.0
 PIECE_BYTES = 1 << 20
+IMPORT_PATH = "/v1/sessions/import"
+IMPORT_ATTEMPTS, IMPORT_PAUSE_S = 5, 0.2
 
 _T = TypeVar("_T")
 
@@ -90,8 +97,9 @@ class _Calls:
         names = "/".join(quote(name, safe="") for name in (self._tenant, session_id))
         return f"/v1/sessions/{names}{operation}"
 
-    def sessions(self) -> _Call[SessionList]:
-        return _Call("GET", "/v1/sessions", SessionList)
+    def sessions(self, after: str | None) -> _Call[SessionList]:
+        place = "" if after is None else f"?after={quote(after, safe='')}"
+        return _Call("GET", f"/v1/sessions{place}", SessionList)
 
     def session(self, session_id: str) -> _Call[SessionSummary]:
         return _Call("GET", self.path(session_id), SessionSummary)
@@ -112,6 +120,9 @@ class _Calls:
     def prefetch(self, session_id: str) -> _Call[Transfer]:
         return _Call("POST", self.path(session_id, "/prefetch"), Transfer)
 
+    def placements(self, session_id: str) -> _Call[Placements]:
+        return _Call("GET", self.path(session_id, "/placements"), Placements)
+
     def change(
         self, session_id: str, operation: str, body: msgspec.Struct | None = None
     ) -> _Call[SessionSummary]:
@@ -121,7 +132,11 @@ class _Calls:
         return [each for each in listed.sessions if each.tenant == self._tenant]
 
     def import_query(self, session_id: str | None) -> dict[str, str]:
-        return {"tenant": self._tenant, "session_id": session_id} if session_id else {}
+        owner = {"tenant": self._tenant, "session_id": session_id} if session_id else {}
+        return {**owner, "upload": uuid.uuid4().hex}
+
+    def upload_state(self, query: Mapping[str, str]) -> _Call[UploadState]:
+        return _Call("GET", f"/v1/sessions/import?upload={query['upload']}", UploadState)
 
 
 class MCPClient:
@@ -154,7 +169,13 @@ class MCPClient:
         self._http.close()
 
     def sessions(self) -> list[SessionSummary]:
-        return self._calls.own(self._run(self._calls.sessions()))
+        """All of the tenant's, by name."""
+        page = self._run(self._calls.sessions(None))
+        found = self._calls.own(page)
+        while page.next is not None:
+            page = self._run(self._calls.sessions(page.next))
+            found += self._calls.own(page)
+        return found
 
     def session(self, session_id: str) -> SessionSummary:
         return self._run(self._calls.session(session_id))
@@ -166,6 +187,10 @@ class MCPClient:
     def explain_block(self, key: str) -> CacheView:
         """The same of the block with that key, in hexadecimal."""
         return self._run(self._calls.explain_block(key))
+
+    def placements(self, session_id: str) -> list[Placement]:
+        """Where it is cheapest to go on with, for `mcp_vllm.routing`."""
+        return self._run(self._calls.placements(session_id)).placements
 
     def delete(self, session_id: str) -> None:
         self._run(self._calls.delete(session_id))
@@ -217,12 +242,24 @@ class MCPClient:
         unfinished.complete()
 
     def import_file(self, path: Path, session_id: str | None = None) -> SessionSummary:
-        """Take a session over from a file, under its own name or another of this tenant."""
-        with path.open("rb") as file, _no_answer():
-            response = self._http.post(
-                "/v1/sessions/import", params=self._calls.import_query(session_id), content=file
-            )
-        return _Call("POST", "", SessionSummary).result(response)
+        """Take a session over from a file, under its own name or another of this tenant. Where the
+        connection breaks, it goes on from what had come, `IMPORT_ATTEMPTS` times in all."""
+        query, offset = self._calls.import_query(session_id), 0
+        with path.open("rb") as file:
+            for attempt in range(IMPORT_ATTEMPTS):
+                file.seek(offset)
+                try:
+                    with _no_answer():
+                        response = self._http.post(
+                            IMPORT_PATH, params={**query, "offset": str(offset)}, content=file
+                        )
+                    return _Call("POST", "", SessionSummary).result(response)
+                except ApiError as error:
+                    if error.status or attempt == IMPORT_ATTEMPTS - 1:
+                        raise
+                time.sleep(IMPORT_PAUSE_S * 2**attempt)
+                offset = self._run(self._calls.upload_state(query)).received
+        raise AssertionError("the last attempt returns or raises")
 
     def _run(self, call: _Call[_T]) -> _T:
         with _no_answer():
@@ -259,7 +296,13 @@ class AsyncMCPClient:
         await self._http.aclose()
 
     async def sessions(self) -> list[SessionSummary]:
-        return self._calls.own(await self._run(self._calls.sessions()))
+        """All of the tenant's, by name."""
+        page = await self._run(self._calls.sessions(None))
+        found = self._calls.own(page)
+        while page.next is not None:
+            page = await self._run(self._calls.sessions(page.next))
+            found += self._calls.own(page)
+        return found
 
     async def session(self, session_id: str) -> SessionSummary:
         return await self._run(self._calls.session(session_id))
@@ -269,6 +312,10 @@ class AsyncMCPClient:
 
     async def explain_block(self, key: str) -> CacheView:
         return await self._run(self._calls.explain_block(key))
+
+    async def placements(self, session_id: str) -> list[Placement]:
+        """Where it is cheapest to go on with, for `mcp_vllm.routing`."""
+        return (await self._run(self._calls.placements(session_id))).placements
 
     async def delete(self, session_id: str) -> None:
         await self._run(self._calls.delete(session_id))
@@ -318,13 +365,24 @@ class AsyncMCPClient:
         unfinished.complete()
 
     async def import_file(self, path: Path, session_id: str | None = None) -> SessionSummary:
-        with path.open("rb") as file, _no_answer():
-            response = await self._http.post(
-                "/v1/sessions/import",
-                params=self._calls.import_query(session_id),
-                content=_pieces(file),
-            )
-        return _Call("POST", "", SessionSummary).result(response)
+        query, offset = self._calls.import_query(session_id), 0
+        with path.open("rb") as file:
+            for attempt in range(IMPORT_ATTEMPTS):
+                file.seek(offset)
+                try:
+                    with _no_answer():
+                        response = await self._http.post(
+                            IMPORT_PATH,
+                            params={**query, "offset": str(offset)},
+                            content=_pieces(file),
+                        )
+                    return _Call("POST", "", SessionSummary).result(response)
+                except ApiError as error:
+                    if error.status or attempt == IMPORT_ATTEMPTS - 1:
+                        raise
+                await asyncio.sleep(IMPORT_PAUSE_S * 2**attempt)
+                offset = (await self._run(self._calls.upload_state(query))).received
+        raise AssertionError("the last attempt returns or raises")
 
     async def _run(self, call: _Call[_T]) -> _T:
         with _no_answer():

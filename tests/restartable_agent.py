@@ -1,25 +1,32 @@
-"""Agents as processes of their own, to be killed; and what they have, byte for byte."""
+"""Agents as processes of their own, to be killed; a session for them to have; and what they have,
+byte for byte."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
-from simulated import address
+import numpy as np
+from simulated import CHUNK_BYTES, SimulatedEngine, address, keys
+from simulated_sessions import ALICE, call
 
 from mcp_vllm.codec import decode_frame_into, read_header
 from mcp_vllm.config import Config
 from mcp_vllm.demo.engines import free_port
+from mcp_vllm.link import protocol
 from mcp_vllm.link.supervisor import READY_LINE
 from mcp_vllm.session.archive import ArchiveReader
 
 MAX_RAW_BYTES = 1 << 24
+NUM_CHUNKS = 160
+GROUP_BYTES = 16 << 10
 
 
 class RestartableAgent:
@@ -107,3 +114,40 @@ def decoded(archive: bytes) -> dict[bytes, bytes]:
         chunks[header.key] = bytes(raw)
     reader.close()
     return chunks
+
+
+def noise(number: int) -> np.ndarray:
+    """What no codec makes smaller, so that writing and sending take a while."""
+    return np.random.default_rng(number).integers(0, 256, CHUNK_BYTES, dtype=np.uint8)
+
+
+def expected(num_chunks: int) -> dict[bytes, bytes]:
+    names = keys(*range(num_chunks))
+    return {name: noise(n)[:GROUP_BYTES].tobytes() for n, name in enumerate(names)}
+
+
+EXPECTED = expected(NUM_CHUNKS)
+
+
+async def give_session(agent: RestartableAgent, num_chunks: int = NUM_CHUNKS) -> None:
+    names = keys(*range(num_chunks))
+    with SimulatedEngine(agent.socket, num_chunks=num_chunks) as engine:
+        await engine.connected()
+        for number in range(num_chunks):
+            engine.rows[number] = noise(number)
+        assert not (await engine.store(names, range(num_chunks))).failed
+        engine.prepare("r", "alice")
+        engine.link.send(protocol.Finish("r", [names, []], 16 * num_chunks))
+        await until_awaited(lambda: is_there(agent), "the session")
+
+
+async def until_awaited(condition: Callable[[], Awaitable[object]], what: str) -> None:
+    for _ in range(3000):
+        if await condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+async def is_there(agent: RestartableAgent) -> bool:
+    return (await call(agent, "GET", ALICE))[0] == 200

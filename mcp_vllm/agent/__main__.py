@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from pathlib import Path
 
-from mcp_vllm.agent.server import Agent
+from mcp_vllm.agent.process import serve
 from mcp_vllm.config import Config
 from mcp_vllm.errors import McpError
 from mcp_vllm.telemetry.logs import configure_logging
@@ -22,7 +21,7 @@ def main() -> int:
     configure_logging()
     try:
         config = Config.from_json(os.environ["MCP_VLLM_CONFIG_JSON"])
-        asyncio.run(Agent(config, args.socket, args.owned).run())
+        serve(config, args.socket, owned=args.owned)
     except McpError as error:
         sys.stderr.write(f"mcp-vllm agent: {error}\n")
         return 1

@@ -38,11 +38,15 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/blocks/fetch"): Rule(BLOCKS_READ, "blocks", all_tenants=True),
     ("GET", f"{ONE}/manifest"): Rule(BLOCKS_READ, "session"),
     ("POST", f"{ONE}/pull"): Rule(BLOCKS_READ, "session"),
+    ("POST", f"{ONE}/release"): Rule(BLOCKS_READ, "session"),
     ("GET", "/v1/sessions"): _READ_SESSION,
     ("GET", ONE): _READ_SESSION,
     ("GET", f"{ONE}/export"): _READ_SESSION,
+    ("GET", f"{ONE}/placements"): _READ,
+    ("POST", "/v1/placements"): _READ,
     ("DELETE", ONE): _WRITE_SESSION,
     ("POST", "/v1/sessions/import"): _WRITE_SESSION,
+    ("GET", "/v1/sessions/import"): Rule(SESSIONS_WRITE),
     **{
         ("POST", f"{ONE}/{operation}"): _WRITE_SESSION
         for operation in ("copy", "move", "prefetch", "fork", "pin", "unpin", "park", "wake")

@@ -1,4 +1,5 @@
-"""Tells peers what the store has: all of it at first, then every change (`directory_wire`).
+"""Tells peers what is here, chunks and sessions: all of it at first, then every change
+(`directory_wire`).
 
 Changes are collected, encoded once for all who follow, and kept in a log of bounded size; each
 follower has its own place in it and gets a snapshot when the log does not reach back so far. So no
@@ -10,22 +11,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator
 
+import numpy as np
+
 from mcp_vllm.agent import directory_wire, wire
 from mcp_vllm.agent.chunk_set import ChunkSet, hash_keys
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_wire import (
     MAX_HASHES,
     MAX_SEALS,
+    MAX_SESSIONS,
     NUM_LOSSES,
     About,
     Beat,
     Changes,
     Entries,
+    SessionNews,
+    SessionState,
     Start,
     Whole,
+    session_hash,
 )
 from mcp_vllm.codec.loss import rank
 from mcp_vllm.link.prefill import PrefillCost
+from mcp_vllm.session.manifest import Manifest, SessionKey
 from mcp_vllm.store.ram import ChunkKey
 
 # After a message the next changes are collected for so long.
@@ -55,6 +63,8 @@ class Announcer:
         self._prefills: dict[bytes, PrefillCost] = {}
         self._prefills_due_s = 0.0
         self._pending: dict[ChunkKey, None] = {}
+        self._sessions: dict[int, SessionState] = {}
+        self._pending_sessions: dict[int, SessionState | None] = {}
         self._timer: asyncio.Handle | None = None
         self._sent_s = 0.0
         self._log: dict[int, bytes] = {}
@@ -63,10 +73,14 @@ class Announcer:
         self._closed = False
 
     def start(self) -> None:
-        """Watch what is in memory and on disk."""
+        """Watch what is in memory and on disk, and the sessions."""
         for name in self._context.tiers:
             self._changed(name, True)
         self._context.tiers.watchers.append(self._changed)
+        self._context.seals.watchers.append(self._keys_changed)
+        for manifest in self._context.sessions:
+            self._session_changed(manifest.key, manifest)
+        self._context.sessions.watchers.append(self._session_changed)
 
     def close(self) -> None:
         """End every stream; idempotent."""
@@ -75,6 +89,8 @@ class Announcer:
             self._timer.cancel()
         if self._changed in self._context.tiers.watchers:
             self._context.tiers.watchers.remove(self._changed)
+            self._context.sessions.watchers.remove(self._session_changed)
+            self._context.seals.watchers.remove(self._keys_changed)
         self._wake()
 
     @property
@@ -112,7 +128,21 @@ class Announcer:
 
     def _changed(self, name: ChunkKey, present: bool) -> None:
         self._pending[name] = None
-        if len(self._pending) >= MAX_HASHES:
+        self._soon()
+
+    def _keys_changed(self) -> None:
+        """What is not a frame yet will be sealed with another key: say anew of every chunk."""
+        for name in self._context.tiers:
+            self._changed(name, True)
+
+    def _session_changed(self, key: SessionKey, manifest: Manifest | None) -> None:
+        state = None if manifest is None else SessionState(manifest.turns, manifest.num_tokens)
+        self._pending_sessions[session_hash(key)] = state
+        self._soon()
+
+    def _soon(self) -> None:
+        """Tell the changes after a moment, or now, when there are as many as a message holds."""
+        if len(self._pending) >= MAX_HASHES or len(self._pending_sessions) >= MAX_SESSIONS:
             self._flush()
         elif self._timer is None:
             loop = asyncio.get_running_loop()
@@ -124,12 +154,13 @@ class Announcer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._pending:
+        if not self._pending and not self._pending_sessions:
             return
         names, self._pending = list(self._pending), {}
         self._sent_s = asyncio.get_running_loop().time()
         self.seq += 1
-        message = directory_wire.pack(Changes(self.seq, list(self._entries(names))))
+        changes = Changes(self.seq, list(self._entries(names)), self._session_news())
+        message = directory_wire.pack(changes)
         self._log[self.seq] = message
         self._held_bytes += len(message)
         while self._held_bytes > self._log_bytes:
@@ -154,6 +185,17 @@ class Announcer:
                     chunks.add(hashes, kind)
                     entries.added[kind] += directory_wire.to_wire(hashes)
             yield entries
+
+    def _session_news(self) -> SessionNews:
+        """What is pending of the sessions, noted as told."""
+        changed, self._pending_sessions = self._pending_sessions, {}
+        put = {name: state for name, state in changed.items() if state is not None}
+        gone = [name for name in changed if name not in put]
+        self._sessions.update(put)
+        for name in gone:
+            self._sessions.pop(name, None)
+        hashes = np.array(gone, dtype=np.uint64)
+        return SessionNews(directory_wire.pack_sessions(put), directory_wire.to_wire(hashes))
 
     def _kind_of(self, name: ChunkKey) -> int:
         """As in `directory_wire`; GONE also for what nobody can ask for: a loss that has no name,
@@ -182,6 +224,7 @@ class Announcer:
         seq = self.seq
         self._chunks = {name: each for name, each in self._chunks.items() if not each.is_empty()}
         frozen = {namespace: chunks.snapshot() for namespace, chunks in self._chunks.items()}
+        sessions = list(self._sessions.items())
         yield directory_wire.pack(Start(self._context.agent_id, seq, False))
         for namespace, (hashes, ranks) in frozen.items():
             for first in range(0, len(hashes), MAX_HASHES):
@@ -191,8 +234,12 @@ class Announcer:
                 added = [part[of_part == each] for each in kinds]
                 packed = [directory_wire.to_wire(each) for each in added]
                 yield directory_wire.pack(directory_wire.Slice([Entries(namespace, packed)]))
+        for first in range(0, len(sessions), MAX_SESSIONS):
+            some = dict(sessions[first : first + MAX_SESSIONS])
+            news = SessionNews(directory_wire.pack_sessions(some))
+            yield directory_wire.pack(directory_wire.Slice([], news))
         num_chunks = sum(len(each.hashes) for each in frozen.values())
-        yield directory_wire.pack(Whole(seq, num_chunks))
+        yield directory_wire.pack(Whole(seq, num_chunks, len(sessions)))
 
     def _about(self) -> About:
         context = self._context

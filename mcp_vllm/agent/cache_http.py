@@ -11,7 +11,8 @@ from aiohttp import web
 
 from mcp_vllm.agent.access import visible
 from mcp_vllm.agent.context import AgentContext
-from mcp_vllm.agent.sessions import SessionError, Sessions
+from mcp_vllm.agent.session_error import SessionError
+from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.agent.sessions_http import checked_key
 from mcp_vllm.link.protocol import MAX_KEY_BYTES
 from mcp_vllm.session.api import BLOCK_CACHE, SESSION_CACHE

@@ -62,6 +62,9 @@ class AgentCodecs:
     Args:
         threads: how many chunks are coded at once.
         cache_folder: where measured speeds are remembered.
+
+    Attributes:
+        loaded: done when the codecs without loss are loaded and measured.
     """
 
     def __init__(self, config: CodecConfig, threads: int, cache_folder: Path) -> None:
@@ -73,7 +76,8 @@ class AgentCodecs:
         self._engines: dict[bytes, EngineCodecs] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="mcp-codec-loader")
         self._stored: Future[Codec] = self._loader.submit(get_codec, config.name, config.level)
-        self._loader.submit(self._load).add_done_callback(_log_failure)
+        self.loaded: Future[None] = self._loader.submit(self._load)
+        self.loaded.add_done_callback(_log_failure)
 
     @property
     def stored(self) -> Codec:

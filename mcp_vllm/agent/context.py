@@ -18,6 +18,7 @@ from mcp_vllm.agent.flights import Flights
 from mcp_vllm.agent.load_record import LoadRecord
 from mcp_vllm.agent.pins import SessionPins
 from mcp_vllm.agent.reader import Reader
+from mcp_vllm.agent.shared_store import open_shared
 from mcp_vllm.cache_folder import cache_root
 from mcp_vllm.config import Config
 from mcp_vllm.link.prefill import PrefillCost
@@ -82,7 +83,8 @@ class AgentContext:
             file=policy_file(config.agent.disk, "memory") if disk is not None else None,
         )
         self.store = RamStore(config.agent.ram_bytes, policy)
-        self.tiers = Tiers(self.store, disk)
+        shared = open_shared(config.agent, self._may_lie_outside)
+        self.tiers = Tiers(self.store, disk, shared)
         self.sessions = SessionRegistry(config.agent.max_sessions, tenants.sessions_of)
         self.seals = Seals()
         self.metrics = AgentMetrics()
@@ -90,8 +92,11 @@ class AgentContext:
         self.flights = Flights()
         self.pins = SessionPins(self.store, self.names_of)
         self.fingerprints: dict[bytes, Fingerprint] = {}
+        # What a chunk is, by namespace and then by group.
+        self.groups: dict[bytes, Sequence[GroupLayout]] = {}
         self.store_record = LoadRecord()
         self.disk_record = LoadRecord()
+        self.shared_record = LoadRecord()
         threads = config.agent.codec_threads or max(1, (os.cpu_count() or 1) - 1)
         self.codec_threads = threads
         self.codecs = AgentCodecs(config.codec, threads, cache_root())
@@ -114,10 +119,28 @@ class AgentContext:
                 return name
         return None
 
+    def readable_flags(self, reader: Reader, namespace: bytes, keys: Sequence[bytes]) -> bytearray:
+        """For each key 1 where `readable` finds something: the same, for many keys at once."""
+        flags, reach, opens = bytearray(len(keys)), self.tiers.reach, self.seals.opens_key
+        for tenant in reader.tenants:
+            for index, key in enumerate(keys):
+                if flags[index]:
+                    continue
+                held = reach(ChunkKey(namespace, key, tenant))
+                if held is not None:
+                    seal_id = seal_id_of(held)
+                    flags[index] = not seal_id or opens(tenant, seal_id)
+        return flags
+
     def is_readable(self, name: ChunkKey) -> bool:
-        """Whether the chunk is here, and opens."""
-        held = self.tiers.find(name)
+        """Whether the chunk is here or was found in the shared store, and opens."""
+        held = self.tiers.reach(name)
         return held is not None and self.seals.opens_key(name.tenant, seal_id_of(held))
+
+    def _may_lie_outside(self, name: ChunkKey, seal_id: str) -> bool:
+        """Whether the chunk may lie in the shared store as it is: a tenant's that has a key here
+        only sealed."""
+        return bool(seal_id) or not self.seals.key_ids(name.tenant)
 
     def sealed_by(self, name: ChunkKey, held: Held) -> str:
         """The id of the key that its frame is, or will be, sealed with; empty: not sealed."""
@@ -136,15 +159,28 @@ class AgentContext:
             for key in (manifest.chunk_keys() if keys is None else keys)
         ]
 
+    def held(self, manifest: Manifest) -> dict[ChunkKey, Held]:
+        """The session's chunks that are here, in memory or on disk."""
+        chunks = {name: self.tiers.find(name) for name in self.names_of(manifest)}
+        return {name: chunk for name, chunk in chunks.items() if chunk is not None}
+
+    def appear(self, manifest: Manifest) -> None:
+        """A session that came from elsewhere is here now; its parents are younger than children."""
+        for chain in manifest.chains:
+            self.tiers.touch(self.names_of(manifest, chain))
+        self.sessions.put(manifest)
+
     def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""
         self.codecs.learn_engine(fingerprint.digest, fingerprint, groups)
         self.saved_prefill.learn(fingerprint.digest, groups)
         self.fingerprints.pop(fingerprint.digest, None)
         self.fingerprints[fingerprint.digest] = fingerprint
+        self.groups[fingerprint.digest] = groups
         while len(self.fingerprints) > MAX_NAMESPACES:
             oldest = next(iter(self.fingerprints))
             del self.fingerprints[oldest]
+            self.groups.pop(oldest, None)
             self.codecs.forget_engine(oldest)
             self.prefills.pop(oldest, None)
             self.saved_prefill.forget(oldest)

@@ -1,4 +1,5 @@
-"""What one peer says it has: the reader's side of `directory_wire`, without a socket.
+"""What one peer says it has, chunks and sessions: the reader's side of `directory_wire`, without a
+socket.
 
 Fed by `directory_link`, asked by `peers`. Whatever the peer sends, the view ends as the peer's own
 state, or is not `is_whole` and nobody relies on it. Owned by the agent's event loop.
@@ -6,13 +7,13 @@ state, or is not `is_whole` and nobody relies on it. Owned by the agent's event 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcp_vllm.agent import directory_wire
-from mcp_vllm.agent.chunk_set import ChunkSet, Hashes
+from mcp_vllm.agent.chunk_set import ABSENT, ChunkSet, Hashes
 from mcp_vllm.agent.directory_wire import (
     About,
     Beat,
@@ -20,13 +21,21 @@ from mcp_vllm.agent.directory_wire import (
     Entries,
     Follow,
     Message,
+    SessionNews,
+    SessionState,
     Slice,
     Start,
     Whole,
 )
+from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.wire import WIRE_VERSION, WireError
 from mcp_vllm.codec.loss import LOSSES, is_acceptable
 from mcp_vllm.errors import McpError
+
+# What a session costs in memory, in entries of a `ChunkSet`.
+SESSION_WEIGHT = 14
+# Kinds of readers, of which there are few, whose accepted kinds of chunks are remembered.
+MAX_KINDS = 64
 
 
 class DirectoryGap(McpError):
@@ -57,15 +66,26 @@ class DirectoryView:
         self._begun = False
         self._in_snapshot = False
         self._chunks: dict[bytes, ChunkSet] = {}
+        self._sessions: dict[int, SessionState] = {}
+        self._kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], Sequence[int]] = {}
 
     @property
     def weight(self) -> int:
         """Entries, those in recent changes at their price in memory (`ChunkSet.weight`)."""
-        return sum(chunks.weight for chunks in self._chunks.values())
+        of_chunks = sum(chunks.weight for chunks in self._chunks.values())
+        return of_chunks + SESSION_WEIGHT * len(self._sessions)
 
     @property
     def num_chunks(self) -> int:
         return sum(len(chunks.snapshot().hashes) for chunks in self._chunks.values())
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    def session(self, name: int) -> SessionState | None:
+        """How far the session of that `session_hash` is there; None: it is not there."""
+        return self._sessions.get(name)
 
     def follow(self) -> Follow:
         """What to ask the peer for: the changes since what is known, or everything.
@@ -83,6 +103,7 @@ class DirectoryView:
         self.is_whole = self._in_snapshot = False
         self._seq = 0
         self._chunks.clear()
+        self._sessions.clear()
 
     def apply(self, message: Message) -> None:
         """Take one message.
@@ -94,7 +115,7 @@ class DirectoryView:
         try:
             self._apply(message)
             if self.weight > self._max_entries():
-                raise DirectoryTooLarge(f"it has more than {self._max_entries()} chunks")
+                raise DirectoryTooLarge(f"it has more than {self._max_entries()} entries")
         except McpError:
             self.forget()
             raise
@@ -115,15 +136,44 @@ class DirectoryView:
         chunks = self._chunks.get(namespace)
         if chunks is None:
             return np.zeros(len(hashes), dtype=bool)
-        ranks = chunks.ranks_of(hashes)
-        accepted = [
-            directory_wire.NUM_LOSSES * place + its_rank
-            for place, seal in enumerate(self.about.seals)
-            if seal in (opens or ("",))
-            for its_rank, loss in enumerate(LOSSES)
-            if is_acceptable(loss, lossy)
-        ]
+        ranks, accepted = chunks.ranks_of(hashes), self._accepted(tuple(lossy), tuple(opens))
         return np.equal(ranks, accepted[0]) if len(accepted) == 1 else np.isin(ranks, accepted)
+
+    def _accepted(self, lossy: tuple[str, ...], opens: tuple[str, ...]) -> Sequence[int]:
+        """The kinds of chunks that such a reader can use; remembered for the next one like it."""
+        asked = (lossy, opens)
+        if asked not in self._kinds:
+            if len(self._kinds) >= MAX_KINDS:
+                self._kinds.clear()
+            self._kinds[asked] = [
+                directory_wire.NUM_LOSSES * place + its_rank
+                for place, seal in enumerate(self.about.seals)
+                if seal in (opens or ("",))
+                for its_rank, loss in enumerate(LOSSES)
+                if is_acceptable(loss, lossy)
+            ]
+        return self._kinds[asked]
+
+    def find_any(
+        self, namespace: bytes, hashes: Sequence[Hashes], reader: Reader
+    ) -> NDArray[np.bool_]:
+        """Which keys `reader` can use a chunk of; `hashes` are those of its tenants, one after the
+        other (`chunk_set.hash_as`)."""
+        opens = reader.opens or [()] * len(reader.tenants)
+        found, *others = (
+            self.find(namespace, of_tenant, reader.lossy, ids)
+            for of_tenant, ids in zip(hashes, opens, strict=True)
+        )
+        for each in others:
+            found |= each
+        return found
+
+    def has_all(self, namespace: bytes, hashes: Hashes) -> bool:
+        """Whether all of these are there, readable here or not."""
+        chunks = self._chunks.get(namespace)
+        if chunks is None:
+            return not len(hashes)
+        return bool(np.all(chunks.ranks_of(hashes) != ABSENT))
 
     def drop(self, namespace: bytes, hashes: Hashes) -> None:
         """These proved not to be there: do not believe in them until they are announced again."""
@@ -143,19 +193,23 @@ class DirectoryView:
                 self._start(message)
             case About():
                 self.about = message
+                self._kinds.clear()
             case Slice():
                 if not self._in_snapshot:
                     raise WireError("malformed", "a part of a snapshot that has not begun")
                 self._note(message.entries)
+                self._note_sessions(message.sessions)
             case Whole():
                 if not self._in_snapshot or message.seq != self._seq:
                     raise WireError("malformed", "the end of a snapshot that has not begun")
-                if message.num_chunks != self.num_chunks:
+                told = (message.num_chunks, message.num_sessions)
+                if told != (self.num_chunks, self.num_sessions):
                     raise DirectoryGap("a part of the snapshot is missing")
                 self._in_snapshot, self.is_whole = False, True
             case Changes():
                 self._expect(message.seq, self._seq + 1)
                 self._note(message.entries)
+                self._note_sessions(message.sessions)
                 self._seq = message.seq
             case Beat():
                 self._expect(message.seq, self._seq)
@@ -187,6 +241,11 @@ class DirectoryView:
                     chunks.add(directory_wire.from_wire(packed), its_rank)
             if each.removed:
                 chunks.remove(directory_wire.from_wire(each.removed))
+
+    def _note_sessions(self, news: SessionNews) -> None:
+        self._sessions.update(directory_wire.unpack_sessions(news.put))
+        for name in directory_wire.from_wire(news.gone).tolist():
+            self._sessions.pop(name, None)
 
     def _make_room(self) -> None:
         """For one more namespace; the empty ones leave. Raises DirectoryTooLarge."""

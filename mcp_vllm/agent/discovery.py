@@ -38,7 +38,7 @@ class Discovery:
     def __init__(
         self, config: Config, agent_id: str, port: int, peers: Peers, metrics: AgentMetrics
     ) -> None:
-        """Raises RegistryError when the registry cannot be used at all."""
+        """Raises RedisSetupError when the registry cannot be used at all."""
         self._config = config.discovery
         self._peers = peers
         self._metrics = metrics
@@ -53,7 +53,7 @@ class Discovery:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for name in names:
-                    source = _Resolver(name).members
+                    source = Resolver(name).members
                     tasks.create_task(self._follow(f"dns {name}", source, self._config.dns_s))
                 if self._registry is not None:
                     every_s = self._config.registry_ttl_s / BEATS_IN_TTL
@@ -83,7 +83,7 @@ class Discovery:
             await asyncio.sleep(every_s)
 
 
-class _Resolver:
+class Resolver:
     """All addresses of one name."""
 
     def __init__(self, name: Address) -> None:

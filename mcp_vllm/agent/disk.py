@@ -91,6 +91,12 @@ class KeptSessions:
                 self._sessions.put(manifest)
         self._sessions.watchers.append(self._changed)
 
+    async def flush(self) -> bool:
+        """Write what has not been written yet; whether that worked."""
+        while self._writer is not None and (self._changes or not self._writer.done()):
+            await asyncio.gather(self._writer, return_exceptions=True)
+        return not self._is_failing
+
     async def close(self) -> None:
         """Write what has not been written yet."""
         if self._writer is not None:

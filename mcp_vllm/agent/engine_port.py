@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,10 @@ from mcp_vllm.agent.inventory import InventoryFeed
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load import LoadJob
 from mcp_vllm.agent.load_decisions import LoadDecisions
-from mcp_vllm.agent.peer import Peer
+from mcp_vllm.agent.lookups import EngineRequest, Lookups, Search
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.reader import Reader
-from mcp_vllm.codec.loss import EXACT, rank, worst
+from mcp_vllm.codec.loss import rank, worst
 from mcp_vllm.errors import McpError
 from mcp_vllm.link import protocol
 from mcp_vllm.link.protocol import LENGTH, LinkError, group_index
@@ -43,24 +43,13 @@ from mcp_vllm.store.ram import Chunk, ChunkKey
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
-# The agent answers a lookup before the engine stops waiting for it.
-LOOKUP_SHARE = 0.8
+# Of what an engine sends, read at once.
+READ_BYTES = 256 << 10
+# After so many answers they are sent, and after so long others have their turn.
+ANSWERS_AT_ONCE = 16
+TURN_S = 0.002
 # Of a chunk in its chain.
 MAX_POSITION = 1 << 20
-
-
-@dataclass
-class _Request:
-    """`lossy` names the tiers that it accepts; `loss` is the worst that it was given. `decided`:
-    its whole context was looked up, and judged. `since_s`: when it came (`time.monotonic`)."""
-
-    tenant: str
-    session: SessionKey | None
-    holders: dict[bytes, list[Peer]]
-    lossy: tuple[str, ...]
-    since_s: float
-    loss: str = EXACT
-    decided: bool = False
 
 
 def accept_engine(sock: socket.socket, context: AgentContext) -> EnginePort:
@@ -104,7 +93,7 @@ def _welcome(sock: socket.socket, context: AgentContext, slots: LandingSlots) ->
         num_slots=slots.num_slots,
         lookup_ms=context.config.agent.lookup_ms,
         load_ms=context.config.agent.load_ms,
-        asks_peers=context.config.seeks_peers,
+        asks_peers=context.config.seeks_elsewhere,
         wants_positions=bool(context.config.codec.lossy),
         shared_tenants=list(context.config.tenants.shared),
     )
@@ -138,9 +127,10 @@ class EnginePort:
         self.hello = hello
         self._host = host
         self._slots = slots
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, EngineRequest] = {}
         self._uncommitted: dict[int, list[tuple[ChunkKey, Chunk]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: list[bytes] = []
 
     async def serve(
         self, sock: socket.socket, context: AgentContext, peers: Peers, encoder: Encoder
@@ -150,6 +140,9 @@ class EnginePort:
         self._fingerprint = Fingerprint(self.hello.fingerprint)
         self._namespace = context.learn_engine(self._fingerprint, self.hello.groups)
         self._decisions = LoadDecisions(context, self._namespace, self.hello.groups)
+        self._lookups = Lookups(
+            context, peers, self._fingerprint, self.hello.groups, self._decisions
+        )
         reader, self._writer = await asyncio.open_connection(sock=sock)
         feed = InventoryFeed(
             context.tiers,
@@ -158,6 +151,7 @@ class EnginePort:
             context.is_readable,
         )
         feed.start()
+        context.seals.watchers.append(feed.refresh)
         context.metrics.engines.inc()
         logger.info(
             "engine %s (pid %d) connected: %d host chunks of %d bytes, namespace %s",
@@ -168,10 +162,12 @@ class EnginePort:
             self._namespace.hex(),
         )
         try:
-            while True:
-                size = protocol.body_size(await reader.readexactly(LENGTH.size))
-                self._handle(protocol.unpack_engine(await reader.readexactly(size)))
-        except (asyncio.IncompleteReadError, ConnectionError):
+            received = bytearray()
+            while part := await reader.read(READ_BYTES):
+                received += part
+                await self._take(received)
+            logger.info("engine %s disconnected", self.hello.engine_id)
+        except ConnectionError:
             logger.info("engine %s disconnected", self.hello.engine_id)
         except (McpError, ValueError) as error:
             logger.error("engine %s broke the protocol: %s", self.hello.engine_id, error)
@@ -179,8 +175,34 @@ class EnginePort:
             logger.exception("engine %s cannot be served any more", self.hello.engine_id)
         finally:
             feed.stop()
+            context.seals.watchers.remove(feed.refresh)
             await self._close()
             context.metrics.engines.dec()
+
+    async def _take(self, received: bytearray) -> None:
+        """Handle the messages that are whole, and take them away; send what was answered."""
+        at, turn_ends_s = 0, time.monotonic() + TURN_S
+        while len(received) - at >= LENGTH.size:
+            body = at + LENGTH.size
+            end = body + protocol.body_size(received[at:body])
+            if len(received) < end:
+                break
+            self._handle(protocol.unpack_engine(received[body:end]))
+            at = end
+            if len(self._answers) >= ANSWERS_AT_ONCE:
+                self._send_answers()
+            if time.monotonic() > turn_ends_s:
+                self._send_answers()
+                await asyncio.sleep(0)
+                turn_ends_s = time.monotonic() + TURN_S
+        del received[:at]
+        self._send_answers()
+        await self._writer.drain()
+
+    def _send_answers(self) -> None:
+        if self._answers:
+            self._writer.write(b"".join(self._answers))
+            self._answers.clear()
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -199,7 +221,7 @@ class EnginePort:
                 self._prepare(message)
             case protocol.Lookup():
                 self._check_keys(message.keys)
-                self._start(self._lookup(message))
+                self._lookup(message)
             case protocol.Load():
                 self._check_keys(message.keys)
                 if message.ends and len(message.ends) != len(message.keys):
@@ -221,10 +243,11 @@ class EnginePort:
                 raise LinkError("a second Hello")
 
     def _check_keys(self, keys: list[bytes]) -> None:
+        num_groups = len(self.hello.groups)
         for key in keys:
             if not 4 < len(key) <= protocol.MAX_KEY_BYTES:
                 raise LinkError(f"a key of {len(key)} bytes")
-            if group_index(key) >= len(self.hello.groups):
+            if group_index(key) >= num_groups:
                 raise LinkError(f"key {key.hex()} is of a group that the Hello did not name")
 
     def _check_chunk_ids(self, message: protocol.Store) -> None:
@@ -260,49 +283,23 @@ class EnginePort:
             self._context.activity.begin()
         self._decisions.learn(message.prefill)
         lossy = self._context.config.codec.lossy_for(message.tenant, message.salted)
-        self._requests[message.request_id] = _Request(
-            message.tenant, session or None, {}, lossy, time.monotonic()
-        )
+        request = EngineRequest(message.tenant, session or None, {}, lossy, time.monotonic())
+        self._requests[message.request_id] = request
 
-    def _reader(self, tenant: str, request: _Request | None) -> Reader:
+    def _reader(self, tenant: str, request: EngineRequest | None) -> Reader:
         return self._context.reader(tenant, request.lossy if request else ())
 
-    async def _lookup(self, message: protocol.Lookup) -> None:
-        context = self._context
-        with context.metrics.lookup_seconds.time():
-            request = self._requests.get(message.request_id)
-            reader = self._reader(message.tenant, request)
-            present = bytearray(
-                context.readable(reader, self._namespace, key) is not None for key in message.keys
-            )
-            absent = [key for key, has in zip(message.keys, present, strict=True) if not has]
-            context.metrics.lookup_keys.labels("store").inc(len(present) - len(absent))
-            if request is not None:
-                request.decided |= message.whole
-            if absent and len(self._peers) and request is not None:
-                deadline_s = LOOKUP_SHARE * context.config.agent.lookup_ms / 1000
-                groups = self.hello.groups
-                raw_bytes = sum(groups[group_index(key)].raw_bytes for key in absent)
-                holders = await self._peers.locate(
-                    self._fingerprint, absent, reader, deadline_s, raw_bytes
-                )
-                request.holders.update(holders)
-                for index, key in enumerate(message.keys):
-                    present[index] |= key in holders
-                context.metrics.lookup_keys.labels("peer").inc(len(holders))
-                context.metrics.lookup_keys.labels("miss").inc(len(absent) - len(holders))
-            else:
-                context.metrics.lookup_keys.labels("miss").inc(len(absent))
-            if request is not None:
-                self._decide(message, request, present)
-        await self._send(protocol.Found(message.lookup_id, bytes(present)))
+    def _lookup(self, message: protocol.Lookup) -> None:
+        """Answer now where nobody has to be asked."""
+        search = self._lookups.begin(message, self._requests.get(message.request_id))
+        if self._lookups.must_ask(search):
+            self._start(self._ask(search))
+        else:
+            self._answers.append(protocol.pack(self._lookups.answer(search)))
 
-    def _decide(self, message: protocol.Lookup, request: _Request, present: bytearray) -> None:
-        """Hide from the engine what it computes sooner than it is loaded."""
-        reader = self._reader(message.tenant, request)
-        decision = self._decisions.decide(message, request.holders, reader)
-        if decision is not None and decision.choice != "load":
-            self._decisions.hide(message, decision, present)
+    async def _ask(self, search: Search) -> None:
+        await self._lookups.ask(search)
+        await self._send(self._lookups.answer(search))
 
     async def _load(self, message: protocol.Load) -> None:
         request = self._requests.get(message.request_id)

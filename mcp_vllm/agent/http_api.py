@@ -19,6 +19,7 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_http import DirectoryHttp
 from mcp_vllm.agent.encoder import Encoder
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.placements_http import PlacementsHttp
 from mcp_vllm.agent.quotas import QuotaReports
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.sessions import Sessions
@@ -68,6 +69,7 @@ class HttpApi:
         self._cache = CacheHttp(context, sessions)
         self._encoder = encoder
         self._directory = DirectoryHttp(context)
+        self._placements = PlacementsHttp(context, peers)
 
     def application(self, guards: Sequence[Middleware]) -> web.Application:
         """The routes behind `guards`, the outermost first."""
@@ -84,6 +86,7 @@ class HttpApi:
                 web.post("/v1/blocks/lookup", self._lookup),
                 web.post("/v1/blocks/fetch", self._fetch),
                 *self._directory.routes(),
+                *self._placements.routes(),
                 *self._sessions.routes(),
                 *self._cache.routes(),
             ]
@@ -110,6 +113,7 @@ class HttpApi:
                 "held_bytes": size.held_bytes,
                 "budget_bytes": size.budget_bytes,
                 "disk": self._disk_health(),
+                "shared": self._shared_health(),
             }
         )
 
@@ -126,6 +130,12 @@ class HttpApi:
             "budget_bytes": size.budget_bytes,
         }
 
+    def _shared_health(self) -> str:
+        shared = self._context.tiers.shared
+        if shared is None:
+            return "off"
+        return "ok" if shared.is_up else "down"
+
     async def _metrics(self, request: web.Request) -> web.Response:
         context, metrics = self._context, self._context.metrics
         size = context.store.size()
@@ -137,6 +147,8 @@ class HttpApi:
             metrics.directory_chunks.labels(peer.name).set(peer.directory.num_chunks)
         if context.tiers.disk is not None:
             metrics.set_disk(context.tiers.disk)
+        if context.tiers.shared is not None:
+            metrics.set_shared(context.tiers.shared)
         self._quotas.refresh()
         return web.Response(body=metrics.render(), content_type="text/plain", charset="utf-8")
 

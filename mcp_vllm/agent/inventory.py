@@ -49,6 +49,12 @@ class InventoryFeed:
                 self._send(Inventory(keys[start : start + SLICE_KEYS], [], tenant))
         self._store.watchers.append(self._changed)
 
+    def refresh(self) -> None:
+        """Other keys open frames now: say anew of every chunk whether it can be given."""
+        for name in self._store:
+            if name.namespace == self._namespace:
+                self._note(name, self._is_readable(name))
+
     def stop(self) -> None:
         """Stop watching; idempotent."""
         if self._changed in self._store.watchers:
@@ -56,8 +62,10 @@ class InventoryFeed:
         self._changes.clear()
 
     def _changed(self, name: ChunkKey, present: bool) -> None:
-        if name.namespace != self._namespace or (present and not self._is_readable(name)):
-            return
+        if name.namespace == self._namespace and (not present or self._is_readable(name)):
+            self._note(name, present)
+
+    def _note(self, name: ChunkKey, present: bool) -> None:
         if not self._changes:
             asyncio.get_running_loop().call_soon(self._flush)
         self._changes[name] = present

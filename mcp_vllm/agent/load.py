@@ -152,7 +152,7 @@ class LoadJob:
                 if name is not None and chunk is not None:
                     tasks.create_task(self._land_stored(index, name, chunk, "store"))
                 elif name is not None:
-                    tasks.create_task(self._land_from_disk(index, name, room))
+                    tasks.create_task(self._land_from_below(index, name, room))
 
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
@@ -260,11 +260,12 @@ class LoadJob:
         chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame, loss=loss)
         self.context.store.put(name, chunk)
 
-    async def _land_from_disk(self, index: int, name: ChunkKey, room: asyncio.Semaphore) -> None:
+    async def _land_from_below(self, index: int, name: ChunkKey, room: asyncio.Semaphore) -> None:
         async with room:
+            tier = "disk" if name in self.context.tiers else "shared"
             chunk = await self.context.tiers.get(name)
             if chunk is not None:
-                await self._land_stored(index, name, chunk, "disk")
+                await self._land_stored(index, name, chunk, tier)
 
     async def _land_stored(self, index: int, name: ChunkKey, chunk: Chunk, tier: str) -> None:
         try:

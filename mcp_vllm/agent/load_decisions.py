@@ -8,7 +8,7 @@ everything that is found is loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.load_or_recompute import ChainGroup, Decision, decide, shares
@@ -107,12 +107,16 @@ class LoadDecisions:
 
     def _prefill(self, holders: Holders) -> tuple[PrefillCost, bool]:
         """What computing costs this engine, and whether anybody has measured it."""
-        own = self._context.prefills.get(self._namespace)
-        if own is not None:
-            return own, True
-        for peers in holders.values():
-            for peer in peers:
-                heard = peer.plan.prefill_of(self._namespace)
-                if heard is not None:
-                    return heard, True
-        return ASSUMED_PREFILL, False
+        peers = (peer for those in holders.values() for peer in those)
+        prefill = known_prefill(self._context, self._namespace, peers)
+        return prefill, prefill is not ASSUMED_PREFILL
+
+
+def known_prefill(context: AgentContext, namespace: bytes, peers: Iterable[Peer]) -> PrefillCost:
+    """What computing costs an engine of that kind: as it measured, or else as one of the peers has
+    heard; ASSUMED_PREFILL where nobody has measured."""
+    own = context.prefills.get(namespace)
+    if own is not None:
+        return own
+    heard = (peer.plan.prefill_of(namespace) for peer in peers)
+    return next((each for each in heard if each is not None), ASSUMED_PREFILL)

@@ -21,6 +21,8 @@ ASSUMED_DECODE_BYTES_S = 300e6
 COPY_BYTES_S = 1e9
 # Of a disk, until loads from it were measured: raw bytes a second, reading and decoding.
 ASSUMED_DISK_BYTES_S = 200e6
+# Of a shared store, likewise: a link of 1 Gbit/s.
+ASSUMED_SHARED_BYTES_S = 100e6
 # What was not confirmed for so long is tried again, within the slack.
 STALE_S = 60.0
 
@@ -103,6 +105,8 @@ class SourcesOf:
         self._raw = StoreSource(COPY_BYTES_S, record)
         disk_bytes_s = min(ASSUMED_DISK_BYTES_S, self._frames.bytes_s)
         self._disk = StoreSource(disk_bytes_s, self.context.disk_record)
+        shared_bytes_s = min(ASSUMED_SHARED_BYTES_S, self._frames.bytes_s)
+        self._shared = StoreSource(shared_bytes_s, self.context.shared_record)
 
     def of(self, key: bytes) -> LoadSource | None:
         """Where the chunk would come from; None where nobody has it."""
@@ -110,21 +114,25 @@ class SourcesOf:
         if name is not None:
             chunk = self.context.store.get(name)
             if chunk is None:
-                return self._disk
+                return self._disk if name in self.context.tiers else self._shared
             return self._frames if chunk.raw is None else self._raw
         peers = self.holders.get(key)
         if not peers:
             return None
         source = self._peers.get(peers[0])
         if source is None:
-            source = self._peers[peers[0]] = self._peer(peers[0])
+            peer, lossy = peers[0], self.reader.lossy
+            source = self._peers[peer] = peer_source(self.context, peer, self.namespace, lossy)
         return source
 
-    def _peer(self, peer: Peer) -> PeerSource:
-        codecs = self.context.codecs
-        accepted = codecs.acceptable(self.reader.lossy)
-        speeds = codecs.speeds(self.namespace)
-        return PeerSource(peer, peer.plan.costs(accepted, speeds, self.context.codec_threads))
+
+def peer_source(
+    context: AgentContext, peer: Peer, namespace: bytes, lossy: Sequence[str]
+) -> PeerSource:
+    """The peer as a source of such chunks, for one who accepts those lossy tiers."""
+    accepted = context.codecs.acceptable(lossy)
+    speeds = context.codecs.speeds(namespace)
+    return PeerSource(peer, peer.plan.costs(accepted, speeds, context.codec_threads))
 
 
 def _is_fresh(at_s: float) -> bool:

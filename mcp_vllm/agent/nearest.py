@@ -19,6 +19,8 @@ class Errand(NamedTuple):
 def nearest_first(holders: Mapping[bytes, list[Peer]], raw_bytes: int) -> None:
     """Put each chunk's holders in order, for a transfer of about that size."""
     peers = {peer for those in holders.values() for peer in those}
+    if len(peers) < 2:
+        return
     # Names decide between equals, so that the whole of a load goes to one of them.
     place = {peer: (distance_s(peer, raw_bytes), peer.name) for peer in peers}
     for those in holders.values():

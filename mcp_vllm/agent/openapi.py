@@ -32,7 +32,10 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation("GET", "/v1/sessions", "All sessions.", api.SessionList),
+    Operation(
+        "GET", "/v1/sessions", f"Sessions by name, a page of {api.MAX_PAGE} at most.",
+        api.SessionList, query=("limit", "after"),
+    ),
     Operation("GET", ONE, "One session.", api.SessionSummary),
     Operation("DELETE", ONE, "Forget it, and the chunks that no other session has.", None),
     Operation(
@@ -44,6 +47,14 @@ OPERATIONS = (
         api.TransferRequest,
     ),
     Operation("POST", f"{ONE}/prefetch", "Fetch it from whichever peer has it.", api.Transfer),
+    Operation(
+        "GET", f"{ONE}/placements", "Where it is cheapest to go on with, for gateways.",
+        api.Placements,
+    ),
+    Operation(
+        "POST", "/v1/placements", "The same for a prompt, by the hashes of its blocks.",
+        api.Placements, api.PlacementRequest,
+    ),
     Operation(
         "POST", f"{ONE}/fork", "The same context under another id.", api.SessionSummary,
         api.ForkRequest,
@@ -60,7 +71,12 @@ OPERATIONS = (
     ),
     Operation(
         "POST", "/v1/sessions/import", "Take a session over from such a file.", api.SessionSummary,
-        api.ARCHIVE_TYPE, ("tenant", "session_id"),
+        api.ARCHIVE_TYPE, ("tenant", "session_id", "upload", "offset"),
+    ),
+    Operation(
+        "GET", "/v1/sessions/import",
+        "Where an import that was named by `upload` goes on, with `offset`, after it broke off.",
+        api.UploadState, query=("upload",),
     ),
     Operation(
         "POST", "/v1/drain", "Move every session to the peers; a `DrainStep` a line.",

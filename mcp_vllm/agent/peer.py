@@ -153,12 +153,7 @@ class Peer:
         if not directory.knows(namespace):
             self.report_mismatch(fingerprint, directory.about.fingerprints)
             return ()
-        opens = reader.opens or [()] * len(reader.tenants)
-        usable = [
-            directory.find(namespace, of_tenant, reader.lossy, ids)
-            for of_tenant, ids in zip(hashes, opens, strict=True)
-        ]
-        (found,) = np.nonzero(np.logical_or.reduce(usable))
+        (found,) = np.nonzero(directory.find_any(namespace, hashes, reader))
         if not len(found) or not self.breaker.allow():
             return ()
         about = directory.about
@@ -274,13 +269,11 @@ class Peer:
         except ArchiveError as error:
             raise self._failure(WireError("malformed", str(error))) from error
         except FAULTS as error:
-            raise self._failure(error) from error
+            raise self._refusal(error) from error
         return manifest, sizes
 
-    async def pull(self, key: SessionKey, agent_id: str, *, releases: bool = False) -> Transfer:
-        """Let the peer fetch a session from the agent of that id, which is going to release it or
-        not. Raises PeerFailure."""
-        asked = wire.SessionPull(agent_id, releases)
+    async def pull(self, key: SessionKey, asked: wire.SessionPull) -> Transfer:
+        """Let the peer fetch a session from the agent that `asked` names. Raises PeerFailure."""
         try:
             async with (
                 asyncio.timeout(PULL_S),
@@ -288,7 +281,20 @@ class Peer:
             ):
                 return wire.decode(Transfer, await self._http.body(response))
         except FAULTS as error:
-            raise self._failure(error) from error
+            raise self._refusal(error) from error
+
+    async def release(self, key: SessionKey, agent_id: str) -> None:
+        """The agent of that id needs its copy of a session there no more. Raises PeerFailure."""
+        try:
+            async with (
+                asyncio.timeout(self._stall_s),
+                self._http.post(
+                    session_path(key, "release"), wire.SessionRelease(agent_id)
+                ) as response,
+            ):
+                await check_status(response)
+        except FAULTS as error:
+            raise PeerFailure(cause_of(error), f"peer {self.name}: {error}") from error
 
     async def ping(self) -> None:
         """Measure the round trip on a connection that fetches use, too. Raises PeerFailure."""
@@ -349,6 +355,13 @@ class Peer:
         if self._logged_causes:
             logger.info("peer %s works again", self.name)
             self._logged_causes.clear()
+
+    def _refusal(self, error: Exception) -> PeerFailure:
+        """Of a question about a session: an answer that says no is no failure of the peer."""
+        cause = cause_of(error)
+        if cause.startswith("http "):
+            return PeerFailure(cause, f"peer {self.name}: {error}")
+        return self._failure(error)
 
     def _failure(self, error: Exception, *, fetching: bool = False) -> PeerFailure:
         cause = cause_of(error)

@@ -116,8 +116,8 @@ def session_path(key: SessionKey, operation: str) -> str:
 
 
 async def check_status(response: aiohttp.ClientResponse) -> None:
-    """Raises WireError unless it is 200."""
-    if response.status != 200:
+    """Raises WireError unless it is 200, or 204."""
+    if response.status not in (200, 204):
         detail = (await response.content.read(MAX_DETAIL_CHARS)).decode(errors="replace")
         raise WireError(f"http {response.status}", detail)
 

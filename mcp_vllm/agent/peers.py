@@ -15,12 +15,14 @@ from mcp_vllm.agent.chunk_set import hash_as
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_link import DirectoryLink, Pace
 from mcp_vllm.agent.directory_view import DirectoryView
+from mcp_vllm.agent.directory_wire import SessionState, session_hash
 from mcp_vllm.agent.nearest import nearest_first
 from mcp_vllm.agent.peer import Following, Peer, PeerFailure
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.reader import Reader
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.session.manifest import SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +45,14 @@ class Peers:
         self._context = context
         self._security = security
         self._pace = Pace()
+        self._by_directory = context.metrics.peer_lookups.labels("directory")
         self._members: dict[str, dict[Member, None]] = {}
         self._peers: dict[Member, Peer] = {}
         self._links: dict[Member, asyncio.Task[None]] = {}
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def __bool__(self) -> bool:
+        """Whether there may be any, this agent's own addresses among them."""
+        return bool(self._peers)
 
     def __iter__(self) -> Iterator[Peer]:
         """Each agent once, whatever addresses lead to it, and never this one."""
@@ -73,37 +77,41 @@ class Peers:
             if member not in self._peers:
                 self._join(member)
 
-    async def locate(
-        self,
-        fingerprint: Fingerprint,
-        keys: Sequence[bytes],
-        reader: Reader,
-        deadline_s: float,
-        raw_bytes: int,
-    ) -> Holders:
-        """Which peers have which of `keys`, as far as that is known or told within `deadline_s`;
-        the nearest first, for chunks of `raw_bytes` together.
+    def known(
+        self, fingerprint: Fingerprint, keys: Sequence[bytes], reader: Reader, raw_bytes: int
+    ) -> tuple[Holders, Sequence[Peer]]:
+        """Which peers have which of `keys`, as their directories say: the nearest first, for chunks
+        of `raw_bytes` together. And the peers that have none, to be asked for what is left.
 
-        What `reader` could not use does not count. Only where the directories leave keys without a
-        holder, peers without one are asked; that returns early once one of those has everything.
+        What `reader` could not use does not count.
         """
         holders: Holders = {}
-        hashes = hash_as(reader.tenants, keys)
         peers = [peer for peer in self if not peer.is_down]
         known = [peer for peer in peers if peer.following is Following.SYNCED]
-        to_ask = [peer for peer in peers if peer.following is not Following.SYNCED]
-        self._context.metrics.peer_lookups.labels("directory").inc(len(known))
-        for peer in known:
-            for index in peer.find(fingerprint, hashes, reader):
-                holders.setdefault(keys[index], []).append(peer)
-        rest = [key for key in keys if key not in holders] if to_ask else []
-        if rest:
-            await self._ask(
-                [peer for peer in to_ask if peer.breaker.allow()],
-                fingerprint, rest, reader, deadline_s, holders,
-            )  # fmt: skip
-        nearest_first(holders, raw_bytes)
-        return holders
+        if known:
+            self._by_directory.inc(len(known))
+            hashes = hash_as(reader.tenants, keys)
+            for peer in known:
+                for index in peer.find(fingerprint, hashes, reader):
+                    holders.setdefault(keys[index], []).append(peer)
+            nearest_first(holders, raw_bytes)
+        return holders, [peer for peer in peers if peer.following is not Following.SYNCED]
+
+    def is_there(self, agent_id: str) -> bool:
+        """Whether a peer of that id is known, and not down."""
+        return any(peer.directory.agent_id == agent_id and not peer.is_down for peer in self)
+
+    def holders_of(self, key: SessionKey) -> list[tuple[Peer, SessionState]]:
+        """The peers that say they have the session, and how far: the furthest first, of those the
+        nearest. Answered from their directories; nobody is asked."""
+        name = session_hash(key)
+        known = [
+            (peer, state)
+            for peer in self
+            if not peer.is_down and (state := peer.directory.session(name)) is not None
+        ]
+        known.sort(key=lambda each: (-each[1].turns, each[0].plan.meter.expected.latency_s))
+        return known
 
     async def close(self) -> None:
         links = list(self._links.values())
@@ -112,16 +120,19 @@ class Peers:
         await asyncio.gather(*links, return_exceptions=True)
         await self._http.close()
 
-    async def _ask(
+    async def ask(
         self,
         peers: Sequence[Peer],
         fingerprint: Fingerprint,
         keys: Sequence[bytes],
         reader: Reader,
         deadline_s: float,
-        holders: Holders,
-    ) -> None:
-        """Add to `holders` what these peers answer in time."""
+        raw_bytes: int,
+    ) -> Holders:
+        """Which of these peers have which of `keys`, as they answer in time: as `known`. Returns
+        early once one of them has everything."""
+        peers = [peer for peer in peers if peer.breaker.allow()]
+        holders: Holders = {}
         self._context.metrics.peer_lookups.labels("network").inc(len(peers))
         asked = {
             asyncio.create_task(peer.lookup(fingerprint, keys, reader)): peer for peer in peers
@@ -145,6 +156,8 @@ class Peers:
                     complete |= bool(present) and all(present)
         finally:
             self._abandon(pending, until)
+        nearest_first(holders, raw_bytes)
+        return holders
 
     def _join(self, member: Member) -> None:
         context = self._context

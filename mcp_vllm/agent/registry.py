@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.config import Address, DiscoveryConfig
-from mcp_vllm.errors import McpError
+from mcp_vllm.store.shared import open_redis
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -25,10 +25,6 @@ MAX_ENTRIES = 1024
 MAX_ENTRY_BYTES = 512
 
 
-class RegistryError(McpError):
-    """The registry cannot be used as configured."""
-
-
 class Registry:
     """One agent's place in the list.
 
@@ -38,7 +34,7 @@ class Registry:
     """
 
     def __init__(self, config: DiscoveryConfig, agent_id: str, address: str) -> None:
-        """Raises RegistryError. Does not connect yet."""
+        """Raises RedisSetupError. Does not connect yet."""
         self._key = f"mcp_vllm:{config.group}:agents"
         self._ttl_s = config.registry_ttl_s
         self._own = f"{agent_id} {address}".encode()
@@ -58,12 +54,21 @@ class Registry:
         members = [self._member(entry) for entry in entries if entry != self._own]
         return [member for member in members if member is not None]
 
+    async def others(self) -> Sequence[Member]:
+        """The agents that are listed, and nothing is written. Raises RedisError or OSError."""
+        entries: list[Any] = await self._client.zrange(self._key, 0, MAX_ENTRIES - 1)
+        members = [self._member(entry) for entry in entries if entry != self._own]
+        return [member for member in members if member is not None]
+
     async def leave(self) -> None:
         """Take our entry away, and close the connection."""
         try:
             await self._client.zrem(self._key, self._own)
         finally:
-            await self._client.aclose()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
     def _member(self, entry: bytes) -> Member | None:
         """Whose entry it is; None, and a line in the log, for what no agent has written."""
@@ -82,25 +87,11 @@ class Registry:
 
 
 def _client(config: DiscoveryConfig) -> Redis:
-    try:
-        from redis.asyncio import Redis
-    except ImportError as error:
-        raise RegistryError(
-            'discovery.registry needs a client that is not installed: pip install "mcp-vllm[redis]"'
-        ) from error
-    password = None
-    if config.registry_password_file is not None:
-        try:
-            password = config.registry_password_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RegistryError(
-                f"discovery.registry_password_file: cannot read {config.registry_password_file}: "
-                f"{error}"
-            ) from error
     assert config.registry is not None
-    return Redis.from_url(
+    return open_redis(
         config.registry,
-        password=password,
-        socket_timeout=ANSWER_S,
-        socket_connect_timeout=ANSWER_S,
+        config.registry_password_file,
+        ANSWER_S,
+        key="discovery.registry",
+        password_key="discovery.registry_password_file",
     )

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 from aiohttp import web
@@ -26,6 +27,7 @@ from mcp_vllm.agent.parking import ParkingFolder
 from mcp_vllm.agent.peer_http import Member
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.quotas import QuotaReports
+from mcp_vllm.agent.replicator import Replicator
 from mcp_vllm.agent.security import AgentSecurity
 from mcp_vllm.agent.sessions import Sessions
 from mcp_vllm.config import Address, AgentConfig, Config
@@ -72,13 +74,18 @@ class Agent:
         self._encoder = Encoder(self._context)
         self._engines: set[asyncio.Task[None]] = set()
 
+    @property
+    def codecs_loaded(self) -> Future[None]:
+        """Done when all is loaded that an agent loads beside its start."""
+        return self._context.codecs.loaded
+
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or, when owned, the end of standard input.
 
         Raises:
             AgentError: the socket or the address cannot be used.
             SecurityError: a certificate, key or token file cannot be used.
-            RegistryError: the registry of peers cannot be used.
+            RedisSetupError: the registry of peers cannot be used.
         """
         # Codec threads give way to the event loop sooner than after 5 ms: a lookup has 40.
         sys.setswitchinterval(0.0005)
@@ -95,6 +102,8 @@ class Agent:
         self._peers = Peers(self._context, security)
         self._context.seals = security.seals
         kept = self._start_disk()
+        if self._context.tiers.shared is not None:
+            self._context.tiers.shared.start()
         quotas = QuotaReports(
             self._config.tenants,
             self._context.store,
@@ -106,7 +115,7 @@ class Agent:
             self._context,
             self._encoder,
             self._peers,
-            self._sessions(),
+            self._sessions(kept),
             quotas,
             is_guarded=security.is_required,
         )
@@ -143,6 +152,7 @@ class Agent:
                 asyncio.create_task(self._encoder.run()),
                 asyncio.create_task(security.watch()),
                 asyncio.create_task(discovery.run()),
+                asyncio.create_task(Replicator(self._context, self._peers).run()),
             ]
             await stop.wait()
         finally:
@@ -157,7 +167,9 @@ class Agent:
                 await kept.close()
             if self._context.tiers.disk is not None:
                 self._context.store.policy.keep()
-                await self._context.tiers.disk.close()
+            for tier in (self._context.tiers.shared, self._context.tiers.disk):
+                if tier is not None:
+                    await tier.close()
             security.close()
             self._context.close()
 
@@ -177,14 +189,16 @@ class Agent:
         logger.info("%s: %d chunks in %d MiB", config.path, size.num_chunks, size.file_bytes >> 20)
         return kept
 
-    def _sessions(self) -> Sessions:
-        folder = self._config.agent.parking_folder
-        parking = ParkingFolder(folder) if folder is not None else None
+    def _sessions(self, kept: KeptSessions | None) -> Sessions:
+        agent, tenants = self._config.agent, self._config.tenants
+        folder, parking = agent.parking_folder, None
+        if folder is not None:
+            parking = ParkingFolder(folder, int(agent.parking_bytes), tenants.parked_bytes_of)
         if parking is not None:
             for manifest in sorted(parking.manifests(), key=lambda each: each.last_used_s):
                 if not self._is_whole(manifest.key):
                     self._context.sessions.put(manifest)
-        return Sessions(self._context, self._encoder, self._peers, parking)
+        return Sessions(self._context, self._encoder, self._peers, parking, kept)
 
     def _is_whole(self, key: SessionKey) -> bool:
         """Whether a session that was woken came back with all of its chunks: its parked file is

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 
 from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.peer import FetchedFrame, Peer, PeerFailure, Wanted
 from mcp_vllm.agent.received import check_received, check_sealed, keep_verified
+from mcp_vllm.agent.transfer_plan import count_within
 from mcp_vllm.codec import CodecError, FrameError
 from mcp_vllm.codec.loss import is_acceptable
 from mcp_vllm.errors import McpError
@@ -19,6 +21,8 @@ from mcp_vllm.store.ram import ChunkKey
 
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.2
+# A transfer with a limited rate asks for what it may take in this time.
+PACED_REQUEST_S = 0.5
 # A chunk is at most this large; peers claim sizes before anything is read.
 MAX_CHUNK_BYTES = 256 << 20
 
@@ -32,11 +36,18 @@ class SessionTransfer:
 
     Args:
         sizes: raw bytes of each chunk of it that the peer has, by the peer's word.
+        bytes_s: no faster than so many bytes a second, but for one request ahead; 0: any speed.
     """
 
     def __init__(
-        self, context: AgentContext, peer: Peer, manifest: Manifest, sizes: Mapping[bytes, int]
+        self,
+        context: AgentContext,
+        peer: Peer,
+        manifest: Manifest,
+        sizes: Mapping[bytes, int],
+        bytes_s: float = 0.0,
     ) -> None:
+        self._bytes_s = bytes_s
         self._context = context
         self._peer = peer
         self._manifest = manifest
@@ -53,6 +64,7 @@ class SessionTransfer:
             TransferError: it is not, after several attempts; what came stays.
         """
         self._check()
+        self._begun_s = time.monotonic()
         pause_s = FIRST_PAUSE_S
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -99,17 +111,28 @@ class SessionTransfer:
                     async for fetched in frames:
                         await self._keep(asked[fetched.index], fetched)
                 self._peer.note_fetched()
+                await self._keep_pace()
         for name in set(names) - set(claimed):
             await self._context.flights.wait(name)
 
     def _next_request(self, wanted: Sequence[bytes]) -> tuple[str, int]:
         context = self._context
-        return self._peer.plan.next_request(
-            [self._sizes[key] for key in wanted],
+        sizes = [self._sizes[key] for key in wanted]
+        codec, count = self._peer.plan.next_request(
+            sizes,
             context.codecs.acceptable(self._lossy),
             context.codecs.speeds(self._manifest.namespace),
             context.codec_threads,
         )
+        if self._bytes_s:
+            count = min(count, count_within(sizes, PACED_REQUEST_S * self._bytes_s))
+        return codec, count
+
+    async def _keep_pace(self) -> None:
+        """Wait until what has come was not too fast."""
+        if self._bytes_s:
+            due_s = self._begun_s + self._report.wire_bytes / self._bytes_s
+            await asyncio.sleep(due_s - time.monotonic())
 
     async def _keep(self, key: bytes, fetched: FetchedFrame) -> None:
         """Verify and store a frame. Raises PeerFailure when it is not what it should be."""

@@ -14,27 +14,19 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from mcp_vllm.agent import wire
 from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.disk import KeptSessions
 from mcp_vllm.agent.encoder import Encoder
-from mcp_vllm.agent.parking import ParkingFolder
+from mcp_vllm.agent.parking import ParkingFolder, ParkingFull
 from mcp_vllm.agent.peer import Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
-from mcp_vllm.agent.received import check_received, keep_verified
+from mcp_vllm.agent.session_error import NOTHING_HERE, SessionError
+from mcp_vllm.agent.session_files import SessionFiles
 from mcp_vllm.agent.session_transfer import SessionTransfer, TransferError
-from mcp_vllm.codec import CodecError
-from mcp_vllm.errors import McpError
-from mcp_vllm.security.seals import SealError, is_sealed
-from mcp_vllm.session.api import DrainStep, Transfer
-from mcp_vllm.session.archive import (
-    MAX_FRAME_BYTES,
-    ArchivedFrame,
-    ArchiveError,
-    ArchiveReader,
-    ArchiveWriter,
-)
+from mcp_vllm.session.api import DrainStep, SessionHolder, Transfer
 from mcp_vllm.session.manifest import Manifest, SessionKey, checked_name
 from mcp_vllm.store.ram import ChunkKey
-from mcp_vllm.store.tiers import Held
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +34,22 @@ logger = logging.getLogger(__name__)
 MOVE_ROUNDS = 3
 
 
-class SessionError(McpError):
-    """An operation that cannot be done; `status` is the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Sessions:
     """One per agent, owned by its event loop."""
 
     def __init__(
-        self, context: AgentContext, encoder: Encoder, peers: Peers, parking: ParkingFolder | None
+        self,
+        context: AgentContext,
+        encoder: Encoder,
+        peers: Peers,
+        parking: ParkingFolder | None,
+        kept: KeptSessions | None,
     ) -> None:
         self._context = context
-        self._encoder = encoder
+        self._files = SessionFiles(context, encoder)
         self._peers = peers
         self._parking = parking
+        self._kept = kept
         self._locks: WeakValueDictionary[SessionKey, asyncio.Lock] = WeakValueDictionary()
         context.sessions.over_quota.append(self._forgotten)
 
@@ -72,11 +62,12 @@ class Sessions:
             raise SessionError(404, "no such session")
         return manifest
 
-    def held(self, manifest: Manifest) -> dict[ChunkKey, Held]:
-        """The session's chunks that are here, in memory or on disk."""
-        tiers = self._context.tiers
-        chunks = {name: tiers.find(name) for name in self._context.names_of(manifest)}
-        return {name: chunk for name, chunk in chunks.items() if chunk is not None}
+    def holders(self, key: SessionKey) -> list[SessionHolder]:
+        """The peers that say they have it, the furthest first."""
+        return [
+            SessionHolder(peer.name, state.turns, state.num_tokens)
+            for peer, state in self._peers.holders_of(key)
+        ]
 
     def sizes(self, manifest: Manifest) -> dict[bytes, int]:
         """Raw bytes of each of the session's chunks that are here.
@@ -84,9 +75,9 @@ class Sessions:
         Raises:
             SessionError: 409, there are none (any more).
         """
-        held = self.held(manifest)
+        held = self._context.held(manifest)
         if not held:
-            raise SessionError(409, "none of the session's chunks are here")
+            raise SessionError(409, NOTHING_HERE)
         return {name.key: chunk.raw_bytes for name, chunk in held.items()}
 
     # ---- on this host -----------------------------------------------------------------------
@@ -100,7 +91,9 @@ class Sessions:
         if source.parked:
             raise SessionError(409, "the session is parked: wake it first")
         now_s = time.time()
-        forked = msgspec.structs.replace(source, key=target, created_s=now_s, last_used_s=now_s)
+        forked = msgspec.structs.replace(
+            source, key=target, created_s=now_s, last_used_s=now_s, replica_of=""
+        )
         self._context.sessions.put(forked)
         return forked
 
@@ -134,86 +127,12 @@ class Sessions:
         for key in context.sessions.unused(manifest):
             context.tiers.discard(ChunkKey(manifest.namespace, key, tenant))
 
+    @property
+    def files(self) -> SessionFiles:
+        """Export and import."""
+        return self._files
+
     # ---- to and from files ------------------------------------------------------------------
-
-    async def export(self, key: SessionKey) -> AsyncIterator[bytes]:
-        """The session, which is awake, as an archive, piece by piece.
-
-        Raises:
-            SessionError: before the first piece, where it is not whole here.
-        """
-        manifest = self.get(key)
-        self.sizes(manifest)
-        names = list(self.held(manifest))
-        writer = ArchiveWriter()
-        yield writer.start(manifest)
-        for name in names:
-            chunk = await self._context.tiers.get(name)
-            if chunk is None:
-                raise SessionError(409, "a chunk of the session was evicted meanwhile: try again")
-            try:
-                frame = await self._encoder.frame_for(name, chunk, key.tenant)
-            except SealError as error:
-                raise SessionError(409, f"a block that it shares with others is {error}") from error
-            for piece in writer.add(ArchivedFrame(frame, chunk.loss)):
-                yield piece
-        yield writer.end()
-
-    async def import_archive(
-        self,
-        pieces: AsyncIterator[bytes],
-        owner: SessionKey | None = None,
-        only_tenant: str | None = None,
-    ) -> Manifest:
-        """Take over a session from an archive, as `owner` or under its own name.
-
-        Chunks are verified and kept as they come; the session appears when the archive has proved
-        whole. Raises SessionError: 400 for a bad archive, 403 for a tenant other than `only_tenant`
-        (None: any), 409 when the session is here already, 507 when it does not fit.
-        """
-        reader = ArchiveReader()
-        arrived: set[bytes] = set()
-        try:
-            async for piece in pieces:
-                for archived in reader.feed(piece):
-                    _check_tenant(reader, owner, only_tenant)
-                    arrived.add(await self._keep(reader, archived, owner))
-            reader.close()
-            _check_tenant(reader, owner, only_tenant)
-        except (ArchiveError, CodecError) as error:
-            raise SessionError(400, str(error)) from error
-        manifest = reader.manifest
-        assert manifest is not None
-        manifest = msgspec.structs.replace(manifest, key=owner or manifest.key, parked=False)
-        if arrived - set(manifest.chunk_keys()):
-            raise SessionError(400, "the archive holds chunks that its manifest does not name")
-        present = self._context.sessions.get(manifest.key)
-        if present is not None and not present.parked:
-            raise SessionError(409, f"session {manifest.key.session_id} exists already")
-        missing = arrived - {name.key for name in self.held(manifest)}
-        if missing:
-            text = f"{len(missing)} of the session's chunks do not fit into the memory"
-            raise SessionError(507, text)
-        self._appear(manifest)
-        return manifest
-
-    async def _keep(
-        self, reader: ArchiveReader, archived: ArchivedFrame, owner: SessionKey | None
-    ) -> bytes:
-        """Verify and store one chunk of an archive; returns its key."""
-        manifest = reader.manifest
-        assert manifest is not None
-        context, tenant = self._context, (owner or manifest.key).tenant
-        lossy = context.config.codec.lossy_for(tenant, salted=False)
-        frame = archived.frame
-        header, loss = check_received(frame, archived.loss, MAX_FRAME_BYTES, lossy)
-        name = ChunkKey(manifest.namespace, header.key, tenant)
-        if is_sealed(frame) and manifest.key.tenant != tenant:
-            frame = await context.in_pool(
-                context.seals.reseal, frame, name.namespace, manifest.key.tenant, tenant, loss
-            )
-        await keep_verified(context, name, frame, header, loss)
-        return header.key
 
     async def park(self, key: SessionKey) -> None:
         """Write the session to the parking folder and free its memory."""
@@ -233,7 +152,9 @@ class Sessions:
     async def _write_parked(self, key: SessionKey) -> None:
         assert self._parking is not None
         try:
-            await self._parking.write(key, self.export(key))
+            await self._parking.write(key, self._files.export(self.get(key)))
+        except ParkingFull as error:
+            raise SessionError(507, str(error)) from error
         except OSError as error:
             raise SessionError(507, f"agent.parking_folder: {error.strerror}") from error
 
@@ -245,40 +166,74 @@ class Sessions:
             if not manifest.parked:
                 return manifest
             assert self._parking is not None
-            return await self.import_archive(self._parking.read(key), owner=key)
+            return await self._files.import_archive(self._parking.read(key), owner=key)
 
     # ---- between agents ---------------------------------------------------------------------
 
-    async def pull(self, key: SessionKey, agent_id: str, *, releases: bool = False) -> Transfer:
-        """Fetch the session from the configured peer with that id; it appears once it is whole.
+    async def pull(self, key: SessionKey, asked: wire.SessionPull) -> Transfer:
+        """Fetch the session from the peer that `asked` names; it appears once it is whole.
 
-        With `releases` the peer is going to forget it: where there is a parking folder, this ends
+        Where the peer is going to release it and there is a parking folder or a disk, this ends
         only when the session would survive the end of this agent.
         """
-        peer = await self._peer_with_id(agent_id)
-        return await self._pull(key, peer, survives=releases)
+        return await self._pull(key, await self._peer_with_id(asked.agent_id), asked)
+
+    def release_replica(self, key: SessionKey, agent_id: str) -> None:
+        """The agent of that id needs its copy no more: forget it, unless it is (by now) a session
+        that lives here, or the copy of another agent that is there. Raises SessionError(404)."""
+        manifest = self.get(key)
+        if not manifest.replica_of:
+            return
+        if manifest.replica_of == agent_id or not self._peers.is_there(manifest.replica_of):
+            self._release(manifest)
 
     async def prefetch(self, key: SessionKey) -> Transfer:
-        """Fetch the session from whichever peer has it."""
+        """Fetch the session from the peer where it is furthest, as announced; the others are asked
+        after those, since what was announced may be a moment old."""
         causes = []
-        for peer in self._peers:
+        holders = [peer for peer, _ in self._peers.holders_of(key)]
+        for peer in (*holders, *(each for each in self._peers if each not in holders)):
             try:
-                return await self._pull(key, peer)
+                return await self._pull(key, peer, wire.SessionPull(""))
             except (PeerFailure, SessionError) as error:
                 causes.append(str(error))
         raise SessionError(404, f"no peer gave the session: {'; '.join(causes) or 'none there'}")
 
-    async def _pull(self, key: SessionKey, peer: Peer, *, survives: bool = False) -> Transfer:
+    async def _pull(self, key: SessionKey, peer: Peer, asked: wire.SessionPull) -> Transfer:
         async with self._lock(key):
             try:
                 manifest, sizes = await peer.manifest(key)
-                report = await SessionTransfer(self._context, peer, manifest, sizes).run()
+                if asked.replica:
+                    self._check_replica(manifest)
+                transfer = SessionTransfer(self._context, peer, manifest, sizes, asked.bytes_s)
+                report = await transfer.run()
             except (PeerFailure, TransferError) as error:
                 raise SessionError(502, str(error)) from error
-            self._appear(msgspec.structs.replace(manifest, parked=False))
-            if survives and self._parking is not None:
-                await self._write_parked(key)
+            if asked.replica:
+                self._check_replica(manifest)  # a turn may have ended here meanwhile
+            home = asked.agent_id if asked.replica else ""
+            self._context.appear(msgspec.structs.replace(manifest, parked=False, replica_of=home))
+            if asked.releases:
+                await self._secure(self.get(key))
             return report
+
+    async def _secure(self, manifest: Manifest) -> None:
+        """Return when the session would survive the end of this agent, where there is a parking
+        folder or a disk. Raises SessionError(507)."""
+        if self._parking is not None:
+            await self._write_parked(manifest.key)
+        elif self._kept is not None:
+            on_disk = await self._context.tiers.persist(list(self._context.held(manifest)))
+            if not (on_disk and await self._kept.flush()):
+                raise SessionError(
+                    507, "the session does not fit on the disk: it is in memory only"
+                )
+
+    def _check_replica(self, manifest: Manifest) -> None:
+        """Raises SessionError where the session lives here, and is as far or further."""
+        present = self._context.sessions.get(manifest.key)
+        if present is not None and not present.replica_of and present.turns >= manifest.turns:
+            raise SessionError(409, "the session lives here, and is as far as the copy would be")
 
     async def copy(self, key: SessionKey, to: str) -> Transfer:
         """Let the peer `to` ("HOST:PORT") fetch the session from here."""
@@ -290,8 +245,8 @@ class Sessions:
             await self.wake(key)
         self.sizes(self.get(key))
         try:
-            peer = self._peer_named(to)
-            return await peer.pull(key, self._context.agent_id, releases=releases)
+            asked = wire.SessionPull(self._context.agent_id, releases)
+            return await self._peer_named(to).pull(key, asked)
         except PeerFailure as failure:
             raise SessionError(502, str(failure)) from failure
 
@@ -312,8 +267,13 @@ class Sessions:
         raise SessionError(409, "the session is in use: it was copied, and stays here too")
 
     async def drain(self) -> AsyncIterator[DrainStep]:
-        """Move every session to the peers in turn, one after the other."""
-        keys = [manifest.key for manifest in self._context.sessions]
+        """Move every session to the peers in turn, one after the other; copies of what lives at a
+        peer that is there stay."""
+        keys = [
+            manifest.key
+            for manifest in self._context.sessions
+            if not self._peers.is_there(manifest.replica_of)
+        ]
         targets = [peer.name for peer in self._peers]
         if not targets:
             raise SessionError(409, "there are no peers to move sessions to")
@@ -332,12 +292,6 @@ class Sessions:
 
     # ---- our own ----------------------------------------------------------------------------
 
-    def _appear(self, manifest: Manifest) -> None:
-        """A session that came from elsewhere is here now; its parents are younger than children."""
-        for chain in manifest.chains:
-            self._context.tiers.touch(self._context.names_of(manifest, chain))
-        self._context.sessions.put(manifest)
-
     def _lock(self, key: SessionKey) -> asyncio.Lock:
         """One of the long operations at a time for a session; forgotten when nobody uses it."""
         lock = self._locks.get(key)
@@ -353,6 +307,9 @@ class Sessions:
         raise SessionError(404, f"{name} is not one of this agent's peers ({known})")
 
     async def _peer_with_id(self, agent_id: str) -> Peer:
+        known = [peer for peer in self._peers if peer.directory.agent_id == agent_id]
+        if known and not known[0].is_down:
+            return known[0]
         for peer in self._peers:
             try:
                 if (await peer.hello()).agent_id == agent_id:
@@ -360,10 +317,3 @@ class Sessions:
             except PeerFailure:
                 continue
         raise SessionError(403, f"agent {agent_id} is not one of this agent's peers")
-
-
-def _check_tenant(reader: ArchiveReader, owner: SessionKey | None, only_tenant: str | None) -> None:
-    """Whether the archive may be imported as that tenant's. Raises SessionError."""
-    assert reader.manifest is not None
-    if only_tenant is not None and (owner or reader.manifest.key).tenant != only_tenant:
-        raise SessionError(403, "a session of another tenant cannot be imported")

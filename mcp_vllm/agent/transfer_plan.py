@@ -91,13 +91,13 @@ class TransferPlan:
         """
         costs = self.costs(accepted, speeds, cores)
         if not costs:
-            return "", _count_within(sizes, FIRST_REQUEST_BYTES)
+            return "", count_within(sizes, FIRST_REQUEST_BYTES)
         link = self.meter.link
         codec = self._chooser.choose(costs, sum(sizes), len(sizes), link)
         if not self.meter.is_measured:
-            return codec, _count_within(sizes, FIRST_REQUEST_BYTES)
+            return codec, count_within(sizes, FIRST_REQUEST_BYTES)
         pace = min(link.bytes_s * costs[codec].ratio, costs[codec].decode_bytes_s)
-        return codec, _count_within(sizes, REQUEST_S * pace)
+        return codec, count_within(sizes, REQUEST_S * pace)
 
     def costs(
         self, accepted: Iterable[str], speeds: Mapping[str, Speed], cores: int
@@ -130,7 +130,7 @@ def sending_speeds(stored_codec: str, speeds: Mapping[str, Speed], cores: int) -
     }
 
 
-def _count_within(sizes: Sequence[int], max_bytes: float) -> int:
+def count_within(sizes: Sequence[int], max_bytes: float) -> int:
     """How many of the first chunks have that size together; at least one."""
     total = 0
     for count, size in enumerate(sizes):

@@ -113,11 +113,22 @@ class SessionOffer(msgspec.Struct):
 class SessionPull(msgspec.Struct):
     """Fetch a session from the agent of that id.
 
-    `releases`: it is going to be released there, so it must outlive the receiver where it can.
+    Attributes:
+        releases: it is going to be released there, so it must outlive the receiver where it can.
+        replica: it goes on living there; this is a copy in case that agent is lost.
+        bytes_s: no faster than so many bytes a second; 0: as fast as it goes.
     """
 
     agent_id: str
     releases: bool = False
+    replica: bool = False
+    bytes_s: float = 0.0
+
+
+class SessionRelease(msgspec.Struct):
+    """The agent of that id does not need its copy of a session there any more."""
+
+    agent_id: str
 
 
 _T = TypeVar("_T")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +24,7 @@ def agent(
     ] = None,
 ) -> None:
     """Serve this host's engines at `agent.socket` and other hosts' agents at `agent.listen`."""
-    from mcp_vllm.agent.server import Agent
+    from mcp_vllm.agent.process import serve
     from mcp_vllm.telemetry.logs import configure_logging
 
     settings = Config.load(config, peers=tuple(peer or ()))
@@ -34,4 +33,4 @@ def agent(
             ["agent.socket: an agent that runs on its own needs the path of its Unix socket"]
         )
     configure_logging()
-    asyncio.run(Agent(settings, Path(settings.agent.socket), owned=False).run())
+    serve(settings, Path(settings.agent.socket), owned=False)

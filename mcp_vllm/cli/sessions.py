@@ -79,7 +79,7 @@ def list_sessions(
 ) -> None:
     """The tenant's sessions, least recently used first."""
     with _client() as client:
-        sessions = client.sessions()
+        sessions = sorted(client.sessions(), key=lambda each: each.last_used_s)
     if as_json:
         typer.echo(msgspec.json.encode(sessions).decode())
         return

@@ -38,14 +38,14 @@ def _peer_address(text: str) -> str:
     return str(address)
 
 
-def _registry_url(text: str) -> str:
+def _redis_url(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in ("redis", "rediss") or not url.hostname:
         raise ValueError(f'"{text}" is not redis://HOST:PORT/DB, nor rediss:// for TLS')
     _ = url.port  # raises ValueError where it is none
     if url.password or url.query:
         raise ValueError(
-            'no password and no options here: the password goes into "registry_password_file"'
+            "no password and no options here: the password goes into a file, see the key beside it"
         )
     if not url.path.removeprefix("/").isdigit() and url.path not in ("", "/"):
         raise ValueError(f'"{text}" needs the number of a database after the slash')
@@ -71,7 +71,7 @@ def _known(kind: str, names: Sequence[str]) -> AfterValidator:
 
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 PeerAddress = Annotated[str, AfterValidator(_peer_address)]
-RegistryUrl = Annotated[str, AfterValidator(_registry_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 CodecName = Annotated[str, _known("codec", KNOWN_CODECS)]
 WireCodecName = Annotated[str, _known("codec", (AUTO, *KNOWN_CODECS, *LOSSY_TIERS))]
 LossyTier = Annotated[str, _known("lossy tier", LOSSY_TIERS)]
@@ -95,6 +95,29 @@ class DiskConfig(Section):
     """All that the files there may take."""
 
 
+class SharedStoreConfig(Section):
+    """A store that many hosts share, below memory and disk: a Redis or Valkey server. Blocks are
+    found there by any agent that uses the same server; who may use it may read and replace what is
+    not sealed (`security.seal_keys`)."""
+
+    url: RedisUrl | None = None
+    """`redis://HOST:PORT/DB`, or `rediss://` for TLS. Unset: no shared store. Needs
+    `mcp-vllm[redis]`."""
+
+    password_file: Path | None = None
+    """File with the server's password."""
+
+    ttl_s: int = Field(default=86_400, ge=0, le=10 * 365 * 86_400)
+    """Seconds that a block stays after its last use; 0: until the server evicts it
+    (`maxmemory-policy`)."""
+
+    max_frame_bytes: ByteSize = Field(default=ByteSize(16 * _MIB), ge=64 << 10, le=256 * _MIB)
+    """Larger blocks, as compressed, are neither written there nor read from there."""
+
+    queue_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
+    """Memory for blocks that wait to be written; what finds no room is not written."""
+
+
 class AgentConfig(Section):
     """The context agent: the process that stores blocks and talks to peers."""
 
@@ -109,6 +132,8 @@ class AgentConfig(Section):
     """Memory that the store of compressed blocks may use."""
 
     disk: DiskConfig = DiskConfig()
+
+    shared: SharedStoreConfig = SharedStoreConfig()
 
     landing_bytes: ByteSize = Field(default=ByteSize(64 * _MIB), ge=_MIB, le=_MAX_BYTES)
     """Shared memory through which fetched blocks enter an engine."""
@@ -125,6 +150,9 @@ class AgentConfig(Section):
 
     parking_folder: Path | None = None
     """Folder for parked sessions; needed to park any. They survive the agent's end."""
+
+    parking_bytes: ByteSize = Field(default=ByteSize(64 * _GIB), ge=_MIB, le=_MAX_BYTES)
+    """All that the files of parked sessions may take; what would exceed it is not parked."""
 
     lookup_ms: int = Field(default=50, ge=1, le=60_000)
     """How long a request may wait to learn who has its blocks; after that it is a miss."""
@@ -185,7 +213,7 @@ class DiscoveryConfig(Section):
     dns_s: int = Field(default=5, ge=1, le=3600)
     """How often names are resolved again, in seconds."""
 
-    registry: RegistryUrl | None = None
+    registry: RedisUrl | None = None
     """`redis://HOST:PORT/DB`, or `rediss://` for TLS: a Redis or Valkey server where agents write
     their addresses and find the others'. Needs `mcp-vllm[redis]`."""
 
@@ -206,6 +234,21 @@ class DiscoveryConfig(Section):
         return bool(self.dns) or self.registry is not None
 
 
+class ReplicationConfig(Section):
+    """Copies of each session at peers, made after its turns, so that a host that is lost takes no
+    context with it."""
+
+    replicas: int = Field(default=0, ge=0, le=16)
+    """Peers that keep a copy of each session that lives here. 0: none."""
+
+    bytes_s: ByteSize = Field(default=ByteSize(32 * _MIB), ge=64 << 10, le=_MAX_BYTES)
+    """Bytes a second that all copies together may take of the network."""
+
+    queue: int = Field(default=1_000, ge=1, le=1_000_000)
+    """Sessions that may wait to be copied. What finds no room is copied later: at its next turn, or
+    when all sessions are looked through, every 10 s."""
+
+
 class TenantQuota(Section):
     """What one tenant may have at most, in place of what every tenant may."""
 
@@ -220,6 +263,9 @@ class TenantQuota(Section):
 
     sessions: int = Field(default=0, ge=0, le=10_000_000)
     """Its sessions; 0: no quota."""
+
+    parked_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Files of its parked sessions; 0: no quota."""
 
 
 def _one_quota_each(quotas: tuple[TenantQuota, ...]) -> tuple[TenantQuota, ...]:
@@ -245,10 +291,15 @@ class TenantsConfig(Section):
     sessions: int = Field(default=0, ge=0, le=10_000_000)
     """Sessions that a tenant may have; 0: no quota."""
 
+    parked_bytes: ByteSize = Field(default=ByteSize(0), ge=0, le=_MAX_BYTES)
+    """Files of parked sessions that a tenant may have; what would exceed it is not parked. 0: no
+    quota."""
+
     quotas: Annotated[tuple[TenantQuota, ...], AfterValidator(_one_quota_each)] = Field(
         default=(), max_length=10_000
     )
-    """Tenants with other quotas: a list of `{tenant, ram_bytes, disk_bytes, sessions}`."""
+    """Tenants with other quotas: a list of `{tenant, ram_bytes, disk_bytes, sessions,
+    parked_bytes}`."""
 
     @cached_property
     def _by_tenant(self) -> dict[str, TenantQuota]:
@@ -268,6 +319,11 @@ class TenantsConfig(Section):
         """The sessions that it may have; 0: no quota."""
         quota = self._by_tenant.get(tenant)
         return self.sessions if quota is None else quota.sessions
+
+    def parked_bytes_of(self, tenant: str) -> int:
+        """The bytes that files of its parked sessions may take; 0: no quota."""
+        quota = self._by_tenant.get(tenant)
+        return int(self.parked_bytes if quota is None else quota.parked_bytes)
 
 
 class TlsConfig(Section):
@@ -344,6 +400,7 @@ class Config(Section):
     """Serve peers on a non-loopback address without TLS, and send them tokens without it."""
 
     discovery: DiscoveryConfig = DiscoveryConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     agent: AgentConfig = AgentConfig()
     codec: CodecConfig = CodecConfig()
     tenants: TenantsConfig = TenantsConfig()
@@ -380,6 +437,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _shared_store_is_not_overheard(self) -> "Config":
+        url = urlsplit(self.agent.shared.url or "rediss://localhost")
+        near = Address(url.hostname or "", 0).is_loopback
+        if url.scheme == "redis" and not near and not self.insecure:
+            raise PydanticCustomError(
+                "plain_shared_store",
+                'blocks would travel to {host} in the clear: use "rediss://", '
+                'or "insecure: true" to allow that',
+                {"key": "agent.shared.url", "host": url.hostname},
+            )
+        return self
+
+    @model_validator(mode="after")
     def _advertises_an_address(self) -> "Config":
         everywhere = Address.parse(self.agent.listen).host in ("0.0.0.0", "::")
         if self.discovery.registry is not None and self.discovery.advertise is None and everywhere:
@@ -406,6 +476,11 @@ class Config(Section):
     def seeks_peers(self) -> bool:
         """Whether there may be peers, now or later."""
         return bool(self.peers) or self.discovery.is_set
+
+    @property
+    def seeks_elsewhere(self) -> bool:
+        """Whether there may be peers, now or later, or a shared store."""
+        return self.seeks_peers or self.agent.shared.url is not None
 
     @classmethod
     def load(

@@ -1,4 +1,5 @@
-"""The configured peers: reachable, of our version, quick enough, and compatible with our engines.
+"""The peers, configured or discovered: reachable, of our version, quick enough, and compatible with
+our engines.
 
 Compatibility can be told only when the local agent runs and an engine has connected to it.
 """
@@ -6,20 +7,26 @@ Compatibility can be told only when the local agent runs and an engine has conne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
 from mcp_vllm.agent import wire
-from mcp_vllm.agent.engine_port import LOOKUP_SHARE
+from mcp_vllm.agent.discovery import Resolver
+from mcp_vllm.agent.lookups import LOOKUP_SHARE
+from mcp_vllm.agent.peer_http import Member
+from mcp_vllm.agent.registry import Registry
 from mcp_vllm.agent.security import AgentSecurity
-from mcp_vllm.config import Config
+from mcp_vllm.config import Address, Config
 from mcp_vllm.doctor.agent_start import reachable_listen
 from mcp_vllm.doctor.check import Check, fail, ok, warn
 from mcp_vllm.security.errors import SecurityError
 from mcp_vllm.session.fingerprint import Fingerprint
+from mcp_vllm.store.shared import RedisSetupError
+from mcp_vllm.store.shared.client import redis_faults
 
 DEADLINE_S = 2.0
 
@@ -34,12 +41,9 @@ class Answer:
 
 
 def check_peers(config: Config, deadline_s: float = DEADLINE_S) -> list[Check]:
-    """One check a peer; all are asked at once."""
-    if not config.peers and config.discovery.is_set:
-        return [ok("peers", "found while serving: `mcp-vllm peers` asks the agent for them")]
-    if not config.peers:
+    """One check a peer, and one a source of peers; all peers are asked at once."""
+    if not config.seeks_peers:
         return [ok("peers", "none configured: contexts stay on this host")]
-    local = str(reachable_listen(config))
     try:
         # The audit is the agent's to write.
         security = AgentSecurity(config.security.model_copy(update={"audit_file": None}))
@@ -47,28 +51,66 @@ def check_peers(config: Config, deadline_s: float = DEADLINE_S) -> list[Check]:
         return [
             fail("security", str(error), "mend the file, or name another one: docs/security.md")
         ]
-    own, *answers = asyncio.run(_ask_all([local, *config.peers], security, deadline_s))
-    return [
-        _judge(name, answer, own.hello, config.agent.lookup_ms)
-        for name, answer in zip(config.peers, answers, strict=True)
-    ]
+    return asyncio.run(_check_all(config, security, deadline_s))
 
 
-async def _ask_all(
-    names: Sequence[str], security: AgentSecurity, deadline_s: float
-) -> list[Answer]:
+async def _check_all(config: Config, security: AgentSecurity, deadline_s: float) -> list[Check]:
+    configured = [Member(name) for name in config.peers]
+    checks, discovered = await _discover(config, deadline_s)
+    local = Member(str(reachable_listen(config)))
+    members = list(dict.fromkeys([*configured, *discovered]))
     async with aiohttp.ClientSession() as http:
-        return await asyncio.gather(*(_ask(http, name, security, deadline_s) for name in names))
+        own, *answers = await asyncio.gather(
+            *(_ask(http, each, security, deadline_s) for each in (local, *members))
+        )
+    for member, answer in zip(members, answers, strict=True):
+        if member in configured or not _is_same(own.hello, answer.hello):  # it finds itself, too
+            checks.append(_judge(member.name, answer, own.hello, config.agent.lookup_ms))
+    return checks
+
+
+def _is_same(own: wire.PeerHello | None, other: wire.PeerHello | None) -> bool:
+    return own is not None and other is not None and own.agent_id == other.agent_id
+
+
+async def _discover(config: Config, deadline_s: float) -> tuple[list[Check], list[Member]]:
+    """A check for each source of peers, and the peers that they know."""
+    discovery, checks, members = config.discovery, list[Check](), list[Member]()
+    for text in discovery.dns:
+        title = f"discovery.dns {text}"
+        try:
+            async with asyncio.timeout(deadline_s):
+                found = await Resolver(Address.parse(text)).members()
+        except (OSError, TimeoutError) as error:
+            fault = str(error) or f"no answer within {deadline_s:g} s"
+            checks.append(fail(title, fault, "mend the name, or the resolver of this host"))
+            continue
+        members += found
+        checks.append(ok(title, f"{len(found)} addresses"))
+    if discovery.registry is not None:
+        try:
+            registry = Registry(discovery, "doctor", "")
+            async with asyncio.timeout(deadline_s), contextlib.aclosing(registry):
+                found = await registry.others()
+        except RedisSetupError as error:
+            checks.append(fail("discovery.registry", str(error), "mend that"))
+        except redis_faults() as error:
+            fault = str(error) or f"no answer within {deadline_s:g} s"
+            checks.append(fail("discovery.registry", fault, "start the server, or mend the URL"))
+        else:
+            members += found
+            checks.append(ok("discovery.registry", f"{len(found)} agents are listed"))
+    return checks, members
 
 
 async def _ask(
-    http: aiohttp.ClientSession, name: str, security: AgentSecurity, deadline_s: float
+    http: aiohttp.ClientSession, member: Member, security: AgentSecurity, deadline_s: float
 ) -> Answer:
     try:
         async with asyncio.timeout(deadline_s):
-            await _hello(http, name, security)
+            await _hello(http, member, security)
             started_s = time.monotonic()
-            hello = await _hello(http, name, security)
+            hello = await _hello(http, member, security)
             return Answer(hello, 1000 * (time.monotonic() - started_s))
     except TimeoutError:
         return Answer(fault=f"no answer within {deadline_s:g} s")
@@ -76,9 +118,14 @@ async def _ask(
         return Answer(fault=str(error) or type(error).__name__)
 
 
-async def _hello(http: aiohttp.ClientSession, name: str, security: AgentSecurity) -> wire.PeerHello:
-    url = f"{security.scheme}://{name}/v1/hello"
-    async with http.get(url, **security.request_options()) as response:
+async def _hello(
+    http: aiohttp.ClientSession, member: Member, security: AgentSecurity
+) -> wire.PeerHello:
+    url = f"{security.scheme}://{member.name}/v1/hello"
+    options: dict[str, Any] = {**security.request_options()}
+    if security.tls is not None and member.tls_name is not None:
+        options["server_hostname"] = member.tls_name
+    async with http.get(url, **options) as response:
         if response.status in (401, 403):
             raise wire.WireError("http", "it refuses our certificate or token: ask its log")
         if response.status != 200:

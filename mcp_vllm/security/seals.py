@@ -31,7 +31,7 @@ content anyway.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -139,11 +139,16 @@ def read_sealed_header(frame: bytes, *, max_raw_size: int) -> SealedHeader:
 
 
 class Seals:
-    """The sealing keys of one agent. Its methods may be called from any thread."""
+    """The sealing keys of one agent. Its methods may be called from any thread.
+
+    Attributes:
+        watchers: each called by `reload` when the keys have changed.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         """Without a path nothing is sealed and nothing opens. Raises SecurityError."""
         self._path = path
+        self.watchers: list[Callable[[], None]] = []
         self._keys: Sequence[SealKey] = ()
         self._stamp: Stamp = ()
         if path is not None:
@@ -156,6 +161,9 @@ class Seals:
         keys, present = read_seal_keys(self._path)
         changed = present != self._stamp
         self._keys, self._stamp = keys, present
+        if changed:
+            for watcher in list(self.watchers):
+                watcher()
         return changed
 
     def key_ids(self, tenant: str) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ ONE = "/v1/sessions/{tenant}/{session_id}"
 # Why blocks are kept.
 SESSION_CACHE = f"{ONE}/cache"
 BLOCK_CACHE = "/v1/blocks/{tenant}/{key}/cache"
+# Sessions on one page of a list.
+MAX_PAGE = 1000
 ARCHIVE_TYPE = "application/vnd.mcp-vllm.session"
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -37,6 +39,14 @@ class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TTL_S)]
 
 
+class SessionHolder(msgspec.Struct):
+    """A peer that says it has the session, and how far it is there."""
+
+    peer: str
+    turns: int
+    num_tokens: int
+
+
 class SessionSummary(msgspec.Struct):
     """A session. Sizes in bytes; times in seconds since the epoch, by the agent's clock.
 
@@ -47,6 +57,8 @@ class SessionSummary(msgspec.Struct):
             sliding windows only the last windows are kept.
         raw_bytes: of the held chunks in an engine; `held_bytes`: as they are held.
         pinned_until_s: None when it is not pinned.
+        replica: it lives at a peer; this is a copy in case that peer is lost.
+        holders: peers that have the session too, as announced: the furthest first.
     """
 
     tenant: str
@@ -63,10 +75,64 @@ class SessionSummary(msgspec.Struct):
     raw_bytes: int
     held_bytes: int
     pinned_until_s: float | None
+    holders: list[SessionHolder] = []
+    replica: bool = False
 
 
-class SessionList(msgspec.Struct):
+class SessionList(msgspec.Struct, omit_defaults=True):
+    """A page of sessions, by name. `next`: what to give as `after` for the next page; missing where
+    this is the last."""
+
     sessions: list[SessionSummary]
+    next: str | None = None
+
+
+class UploadState(msgspec.Struct):
+    """`received`: the bytes of an import that broke off which need not be sent again."""
+
+    received: int
+
+
+class PlacementRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A prompt whose blocks are known, by vLLM's hashes of them.
+
+    Attributes:
+        namespace: of its engine, hexadecimal, as sessions have it.
+        keys: offload keys, hexadecimal: the block's hash and the KV cache group as 4 bytes; each
+            group's in order of position.
+        num_tokens: of the prompt; 0: as many as the blocks hold.
+    """
+
+    tenant: Name
+    namespace: Annotated[str, msgspec.Meta(max_length=128)]
+    keys: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=8192)
+    ]
+    num_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 0
+
+
+class Placement(msgspec.Struct):
+    """What going on with a context at one agent's engines takes.
+
+    Attributes:
+        agent: "HOST:PORT" of a peer as configured; empty: the agent that was asked.
+        held_chunks: of the context, there; `held_tokens` from its beginning, of `num_tokens`.
+        cost_s: seconds until the whole context is there: what is worth loading loaded from where
+            it is, the rest computed. `recompute_s`: to compute all of it.
+    """
+
+    agent: str
+    held_chunks: int
+    held_tokens: int
+    num_tokens: int
+    cost_s: float
+    recompute_s: float
+
+
+class Placements(msgspec.Struct):
+    """The cheapest first. Empty: no engine of that kind has connected to this agent."""
+
+    placements: list[Placement]
 
 
 class Transfer(msgspec.Struct):

@@ -130,6 +130,12 @@ class ArchiveReader:
                 body = self._take(_FRAME.size + size)
                 yield ArchivedFrame(body[_FRAME.size :], LOSSES[loss_rank])
 
+    def forget_unfinished(self) -> int:
+        """Throw away what has come of a frame that is not whole; returns how many bytes."""
+        num_bytes = len(self._pending)
+        self._pending.clear()
+        return num_bytes
+
     def close(self) -> None:
         """There is no more. Raises ArchiveError unless the archive is complete."""
         if not self.complete:

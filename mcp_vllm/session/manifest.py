@@ -52,7 +52,8 @@ class Manifest(msgspec.Struct, kw_only=True):
 
     `chains[g]` holds the offload keys of KV cache group g in order of position; `loss` is the worst
     that a turn of it was given (`codec.loss`). A parked session's chunks lie in a file, not in
-    memory. Times are seconds since the epoch, by this agent's clock.
+    memory. Times are seconds since the epoch, by this agent's clock. `replica_of` is the id of the
+    agent where the session lives, when this is a copy for the case that it is lost; else empty.
     """
 
     key: SessionKey
@@ -64,6 +65,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     last_used_s: float
     loss: str = EXACT
     parked: bool = False
+    replica_of: str = ""
     version: int = FORMAT_VERSION
 
     @property

@@ -37,7 +37,7 @@ class ChunkKey(NamedTuple):
     tenant: str = DEFAULT_TENANT
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """A stored chunk; exactly one of `raw` and `frame` is set.
 

@@ -1,24 +1,29 @@
-"""Memory and disk behind each other: where a chunk is, and how it comes up and goes down.
+"""Memory, disk and a shared store behind each other: where a chunk is, and how it comes up and goes
+down.
 
-A chunk is offered to the disk as soon as it is a frame, and again when memory evicts it: the disk's
-policy says whether it is kept there, memory's whether a hit on disk comes up. Both learn from the
-same uses. What a killed agent had on disk is there for the next. Without a disk all of this is what
-memory alone does. Owned by the agent's event loop.
+A chunk is offered to the disk, and to the shared store, as soon as it is a frame, and to the disk
+again when memory evicts it: the disk's policy says whether it is kept there, memory's whether a hit
+below comes up. Both learn from the same uses. What a killed agent had on disk is there for the
+next. What lies in the shared store only is not here: it is found by `locate`, and known for a
+while. Without either all of this is what memory alone does. Owned by the agent's event loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mcp_vllm.security.seals import key_id_of
 from mcp_vllm.store.disk import DiskTier, Record, StoredFrame, Use
+from mcp_vllm.store.disk.entry import Entry
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
+from mcp_vllm.store.shared import SharedTier
 
 # What is known of a chunk without reading it: `layout`, `raw_bytes`, `loss`, and see `seal_id_of`.
 Held = Chunk | Record | StoredFrame
+Reachable = Held | Entry
 
 
-def seal_id_of(held: Held) -> str:
+def seal_id_of(held: Reachable) -> str:
     """The key that its frame is sealed with; empty: it is not sealed, or no frame yet."""
     if isinstance(held, Chunk):
         return key_id_of(held.frame) if held.frame is not None else ""
@@ -29,22 +34,29 @@ class Tiers:
     """See the module's docstring.
 
     Attributes:
-        watchers: each called with a name and whether it has come to one of the tiers, or left the
-            last that had it.
+        watchers: each called with a name and whether it has come to memory or disk, or left both.
     """
 
-    def __init__(self, ram: RamStore, disk: DiskTier | None = None) -> None:
+    def __init__(
+        self, ram: RamStore, disk: DiskTier | None = None, shared: SharedTier | None = None
+    ) -> None:
         self._ram = ram
         self._disk = disk
+        self._shared = shared
         self.watchers: list[Callable[[ChunkKey, bool], None]] = []
         ram.watchers.append(self._changed)
         if disk is not None:
             disk.watchers.append(self._changed)
-            ram.framed.append(self._keep_on_disk)
+        if disk is not None or shared is not None:
+            ram.framed.append(self._keep_below)
 
     @property
     def disk(self) -> DiskTier | None:
         return self._disk
+
+    @property
+    def shared(self) -> SharedTier | None:
+        return self._shared
 
     def __contains__(self, name: ChunkKey) -> bool:
         return self.find(name) is not None
@@ -56,21 +68,46 @@ class Tiers:
             yield from (name for name in self._disk if name not in self._ram)
 
     def find(self, name: ChunkKey) -> Held | None:
-        """The chunk, in whichever tier it is; None: in none. Does not count as a use."""
+        """The chunk, in memory or on disk; None: it is not here. Does not count as a use."""
         chunk = self._ram.get(name)
         if chunk is not None or self._disk is None:
             return chunk
         return self._disk.find(name)
 
+    def reach(self, name: ChunkKey) -> Reachable | None:
+        """The chunk here, or as it was found in the shared store lately. Nobody is asked."""
+        held = self.find(name)
+        return self._shared.find(name) if held is None and self._shared is not None else held
+
+    async def locate(self, names: Iterable[ChunkKey], deadline_s: float) -> None:
+        """Ask the shared store for these, where there is one: `reach` finds them then."""
+        if self._shared is not None:
+            await self._shared.locate(names, deadline_s)
+
     async def get(self, name: ChunkKey) -> Chunk | None:
         """The chunk with its bytes, brought up into memory if worth that; None: it is gone."""
         chunk = self._ram.get(name)
-        if chunk is not None or self._disk is None:
-            return chunk
-        chunk = await self._disk.get(name)
-        if chunk is not None:
-            self._ram.offer(name, chunk)
+        for tier in (self._disk, self._shared):
+            if chunk is None and tier is not None:
+                chunk = await tier.get(name)
+                if chunk is not None:
+                    self._ram.offer(name, chunk)
         return chunk
+
+    async def persist(self, names: Sequence[ChunkKey]) -> bool:
+        """Write these to disk where they are not yet; whether all of them are there then."""
+        if self._disk is None:
+            return False
+        missing, before = list(names), len(names) + 1
+        while missing and len(missing) < before:
+            for name in missing:
+                chunk = self._ram.get(name)
+                if chunk is not None and chunk.frame is not None:
+                    self._keep_below(name, chunk)
+            await self._disk.flush()
+            before = len(missing)
+            missing = [name for name in missing if not self._disk.has_written(name)]
+        return not missing
 
     def touch(
         self,
@@ -96,15 +133,17 @@ class Tiers:
         self._ram.discard(name)
         if self._disk is not None:
             self._disk.discard(name)
+        if self._shared is not None:
+            self._shared.discard(name)
 
-    def _keep_on_disk(self, name: ChunkKey, chunk: Chunk) -> None:
-        assert self._disk is not None
+    def _keep_below(self, name: ChunkKey, chunk: Chunk) -> None:
         assert chunk.frame is not None
-        self._disk.put(
-            StoredFrame(
-                name, chunk.frame, chunk.layout, chunk.raw_bytes, chunk.loss, seal_id_of(chunk)
-            )
+        stored = StoredFrame(
+            name, chunk.frame, chunk.layout, chunk.raw_bytes, chunk.loss, seal_id_of(chunk)
         )
+        for tier in (self._disk, self._shared):
+            if tier is not None:
+                tier.put(stored)
 
     def _changed(self, name: ChunkKey, present: bool) -> None:
         held = name in self

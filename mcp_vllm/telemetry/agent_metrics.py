@@ -7,6 +7,7 @@ import contextlib
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mcp_vllm.store.disk import DiskTier
+from mcp_vllm.store.shared import SharedTier
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 RATIOS = (0.25, 0.5, 0.75, 0.8, 0.9, 1, 1.1, 1.25, 1.33, 2, 4)
@@ -137,6 +138,23 @@ class AgentMetrics:
             ["source"],
             registry=r,
         )
+        self.replications = Counter(
+            "mcp_agent_replications",
+            "Copies of sessions for peers, by what came of them",
+            ["result"],
+            registry=r,
+        )
+        self.replicated_bytes = Counter(
+            "mcp_agent_replicated_bytes", "Frame bytes that copies of sessions took", registry=r
+        )
+        self.replication_queued = Gauge(
+            "mcp_agent_replication_queued", "Sessions that wait to be copied to peers", registry=r
+        )
+        self.replication_short = Gauge(
+            "mcp_agent_replication_short",
+            "Sessions that had fewer copies than configured when they were looked through last",
+            registry=r,
+        )
         self.peer_lookups = Counter(
             "mcp_agent_peer_lookups",
             "Lookups in peers, by who answered: their directory here, or they over the network",
@@ -183,6 +201,26 @@ class AgentMetrics:
         self.disk_compactions = Gauge(
             "mcp_agent_disk_compactions", "Segments rewritten since the start", registry=r
         )
+        self.shared_up = Gauge(
+            "mcp_agent_shared_up", "1 while the shared store answers, else 0", registry=r
+        )
+        self.shared_queued_bytes = Gauge(
+            "mcp_agent_shared_queued_bytes",
+            "Bytes of chunks that wait to be written to the shared store",
+            registry=r,
+        )
+        self.shared_events = Gauge(
+            "mcp_agent_shared_events",
+            "What became of chunks at the shared store since the start",
+            ["event"],
+            registry=r,
+        )
+        self.shared_drops = Gauge(
+            "mcp_agent_shared_drops",
+            "Chunks not written to the shared store since the start, by cause",
+            ["cause"],
+            registry=r,
+        )
         self.fingerprint_mismatches = Counter(
             "mcp_agent_fingerprint_mismatches",
             "Lookups that a peer could not serve because its engines differ from ours, by field",
@@ -216,6 +254,15 @@ class AgentMetrics:
         self.disk_compactions.set(disk.compactions)
         for cause, count in disk.drops.items():
             self.disk_drops.labels(cause).set(count)
+
+    def set_shared(self, shared: SharedTier) -> None:
+        """What the shared tier counts itself, as of now."""
+        self.shared_up.set(shared.is_up)
+        self.shared_queued_bytes.set(shared.queued_bytes)
+        for event in ("hits", "misses", "reads", "writes", "damaged", "failures"):
+            self.shared_events.labels(event).set(getattr(shared, event))
+        for cause, count in shared.drops.items():
+            self.shared_drops.labels(cause).set(count)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -8,39 +8,33 @@ and never has a half-life elsewhere. Real processes, real sockets; no engine.
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
-import numpy as np
 import pytest
-from restartable_agent import RestartableAgent, contents, decoded, started
-from simulated import CHUNK_BYTES, SimulatedEngine, keys, settings, until
+from restartable_agent import (
+    EXPECTED,
+    NUM_CHUNKS,
+    RestartableAgent,
+    contents,
+    decoded,
+    expected,
+    give_session,
+    is_there,
+    started,
+    until_awaited,
+)
+from simulated import settings, until
 from simulated_sessions import ALICE, call
 from throttle import Throttle
 
 from mcp_vllm.client import ApiError, AsyncMCPClient
-from mcp_vllm.link import protocol
 
-NUM_CHUNKS = 160
 # More than a system's socket buffers hold: they outlive a process.
 MANY_CHUNKS = 800
-GROUP_BYTES = 16 << 10
 FAST, SLOW = 1e9, 1e6  # bytes a second
 HALFWAY = 12  # chunks of a transfer
-
-
-def noise(number: int) -> np.ndarray:
-    """What no codec makes smaller, so that writing and sending take a while."""
-    return np.random.default_rng(number).integers(0, 256, CHUNK_BYTES, dtype=np.uint8)
-
-
-def expected(num_chunks: int) -> dict[bytes, bytes]:
-    names = keys(*range(num_chunks))
-    return {name: noise(n)[:GROUP_BYTES].tobytes() for n, name in enumerate(names)}
-
-
-EXPECTED = expected(NUM_CHUNKS)
 
 
 class Pair:
@@ -87,30 +81,6 @@ async def pair(folder: Path) -> AsyncIterator[Pair]:
         agents = Pair(folder, to_a, to_b)
         with started(agents.a, agents.b):
             yield agents
-
-
-async def give_session(agent: RestartableAgent, num_chunks: int = NUM_CHUNKS) -> None:
-    names = keys(*range(num_chunks))
-    with SimulatedEngine(agent.socket, num_chunks=num_chunks) as engine:
-        await engine.connected()
-        for number in range(num_chunks):
-            engine.rows[number] = noise(number)
-        assert not (await engine.store(names, range(num_chunks))).failed
-        engine.prepare("r", "alice")
-        engine.link.send(protocol.Finish("r", [names, []], 16 * num_chunks))
-        await until_awaited(lambda: is_there(agent), "the session")
-
-
-async def until_awaited(condition: Callable[[], Awaitable[object]], what: str) -> None:
-    for _ in range(3000):
-        if await condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"waited in vain for {what}")
-
-
-async def is_there(agent: RestartableAgent) -> bool:
-    return (await call(agent, "GET", ALICE))[0] == 200
 
 
 async def is_whole(agent: RestartableAgent) -> bool:

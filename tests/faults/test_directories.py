@@ -156,7 +156,7 @@ async def test_an_agent_recognises_itself_and_one_with_two_addresses(tmp_path: P
         running_agent(settings(listen=f"127.0.0.1:{other}"), tmp_path / "there.sock"),
         engine_beside(tmp_path, *peers, listen=f"127.0.0.1:{own}") as (engine, here),
     ):
-        await until(lambda: len(here._peers) == 1, "the two that do not count")
+        await until(lambda: len(list(here._peers)) == 1, "the two that do not count")
         assert the_peer(here).following == "synced"
         assert await engine.lookup("r", NAMES) == [0] * 4
         assert lookups(here)[1] == 0

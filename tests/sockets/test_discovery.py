@@ -25,9 +25,10 @@ from simulated_security import SecuredSettings, tls_files
 
 from mcp_vllm.agent.discovery import Discovery
 from mcp_vllm.agent.peer_http import Member
-from mcp_vllm.agent.registry import MAX_ENTRIES, Registry, RegistryError
+from mcp_vllm.agent.registry import MAX_ENTRIES, Registry
 from mcp_vllm.agent.server import Agent
 from mcp_vllm.config import Config, ConfigError
+from mcp_vllm.store.shared import RedisSetupError
 from mcp_vllm.telemetry.agent_metrics import AgentMetrics
 
 
@@ -129,7 +130,7 @@ async def test_agents_behind_a_name_find_each_other_and_not_themselves(tmp_path,
         one, two = await started(hosts[0]), await started(hosts[1])
         await until(lambda: synced(one) == {f"{hosts[1]}:{port}"}, "the second")
         await until(lambda: names(two) == synced(two) == {f"{hosts[0]}:{port}"}, "the first")
-        assert len(one._peers) == 1, "itself does not count"
+        assert len(list(one._peers)) == 1, "itself does not count"
         third = await started(hosts[2])
         resolver.addresses = hosts
         await until(lambda: f"{hosts[2]}:{port}" in synced(one), "the one who joined")
@@ -251,7 +252,7 @@ async def test_the_password_comes_from_its_file(tmp_path: Path):
 def test_a_registry_without_its_client_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     config = discovering(registry="redis://127.0.0.1:1/0").discovery
-    with pytest.raises(RegistryError, match=r"mcp-vllm\[redis\]"):
+    with pytest.raises(RedisSetupError, match=r"mcp-vllm\[redis\]"):
         Registry(config, "1", "a:1")
 
 
@@ -259,7 +260,7 @@ def test_a_registry_without_its_client_names_the_extra(monkeypatch):
     ("keys", "message"),
     [
         ({"registry": "http://x/0"}, "is not redis://HOST:PORT/DB"),
-        ({"registry": "redis://:secret@x/0"}, "registry_password_file"),
+        ({"registry": "redis://:secret@x/0"}, "the password goes into a file"),
         ({"registry": "redis://x/0?timeout=1"}, "no options"),
         ({"registry": "redis://x/zero"}, "number of a database"),
         ({"registry": "redis://x:port/0"}, "discovery.registry"),
@@ -278,7 +279,7 @@ def test_a_registry_needs_an_address_that_others_can_use():
     with pytest.raises(ConfigError, match=r"discovery\.advertise"):
         Config.load({**tree, "discovery": registry}, environ={})
     advertised = {**registry, "advertise": "10.0.0.1:7077"}
-    assert Config.load({**tree, "discovery": advertised}, environ={}).seeks_peers
+    assert Config.load({**tree, "discovery": advertised}, environ={}).seeks_elsewhere
 
 
 def test_a_token_for_peers_that_are_not_known_yet_needs_tls():

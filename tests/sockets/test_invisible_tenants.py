@@ -22,13 +22,14 @@ BODIES = {
     "fork": {"new_id": "stolen"},
     "pin": {"ttl_s": 60},
     "pull": wire.encode(wire.SessionPull("x")),
+    "release": wire.encode(wire.SessionRelease("x")),
 }
 PER_SESSION = sorted(route for route in RULES if route[1].startswith(ONE))
 HEADERS = [{}, {"Range": "bytes=1-"}, {"If-Match": '"x"'}, {"Accept-Encoding": "gzip"}]
 
 
 def test_every_route_that_names_a_session_is_looked_at():
-    assert len(PER_SESSION) == 13
+    assert len(PER_SESSION) == 15
     others = {path for _, path in RULES if not path.startswith(ONE)}
     assert not [path for path in others if "{" in path]
 

@@ -9,7 +9,11 @@ from mcp_vllm.agent import openapi
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 # Between agents, not for operators.
-INTERNAL = {("GET", f"{openapi.ONE}/manifest"), ("POST", f"{openapi.ONE}/pull")}
+INTERNAL = {
+    ("GET", f"{openapi.ONE}/manifest"),
+    ("POST", f"{openapi.ONE}/pull"),
+    ("POST", f"{openapi.ONE}/release"),
+}
 
 
 def test_the_page_is_what_the_code_says():
@@ -23,7 +27,9 @@ async def test_every_route_is_documented_and_every_documented_one_is_served(tmp_
         served = {
             (route.method, route.resource.canonical)
             for route in agent.application.router.routes()
-            if route.resource.canonical.startswith(("/v1/sessions", "/v1/drain", "/v1/peers"))
+            if route.resource.canonical.startswith(
+                ("/v1/sessions", "/v1/drain", "/v1/peers", "/v1/placements")
+            )
         }
     documented = {(each.method, each.path) for each in openapi.OPERATIONS}
     assert {each for each in served if each[0] != "HEAD"} == documented | INTERNAL

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from simulated_sessions import (
     two_agents,
 )
 
+from mcp_vllm.session.manifest import SessionKey
 from mcp_vllm.store.ram import ChunkKey
 
 
@@ -194,6 +196,23 @@ async def test_a_parked_session_needs_no_memory_and_survives_a_restart(tmp_path)
                 await loads_everything(there, payloads)
 
 
+async def test_what_would_be_too_much_is_not_parked_and_stays_as_it_is(tmp_path):
+    tenants = {"quotas": [{"tenant": "small", "parked_bytes": 10_000}]}
+    config = settings(parking_folder=tmp_path / "parked", tenants=tenants)
+    async with running_agent(config, tmp_path / "a.sock") as agent:
+        for tenant in ("small", "default"):
+            async with engine_with_session(agent, tmp_path, tenant=tenant):
+                pass
+        status, answer = await call(agent, "POST", "/v1/sessions/small/alice/park")
+        assert (status, "the tenant's parked sessions" in answer["error"]) == (507, True)
+        assert not list((tmp_path / "parked").iterdir())
+        shown = (await call(agent, "GET", "/v1/sessions/small/alice"))[1]
+        assert (shown["parked"], shown["held_chunks"]) == (False, 4)
+        assert (await call(agent, "POST", f"{ALICE}/park"))[0] == 200
+        assert (await call(agent, "POST", f"{ALICE}/wake"))[0] == 200
+        assert (await call(agent, "POST", f"{ALICE}/park"))[0] == 200, "counted once"
+
+
 async def test_parking_needs_a_folder(tmp_path):
     async with (
         running_agent(settings(), tmp_path / "a.sock") as agent,
@@ -209,6 +228,41 @@ async def test_a_session_can_be_fetched_before_its_request_comes(tmp_path):
         status, fetched = await call(b, "POST", f"{ALICE}/prefetch")
         assert (status, fetched["num_sent"]) == (200, 4)
         assert (await call(b, "POST", "/v1/sessions/default/nobody/prefetch"))[0] == 404
+
+
+async def test_who_else_has_a_session_and_how_far_is_known_without_asking(tmp_path):
+    async with two_agents(tmp_path) as (a, b, link), engine_with_session(a, tmp_path) as engine:
+        await call(a, "POST", f"{ALICE}/copy", {"to": address(b)})
+        await turn(a, engine)
+        await until(lambda: held_elsewhere(b), "the news")
+        shown = (await call(b, "GET", ALICE))[1]
+        assert (shown["turns"], shown["holders"]) == (
+            1,
+            [{"peer": link.address, "turns": 2, "num_tokens": 48}],
+        )
+        await call(a, "DELETE", ALICE)
+        await until(lambda: not held_elsewhere(b), "the news")
+        assert (await call(b, "GET", ALICE))[1]["holders"] == []
+
+
+def held_elsewhere(agent) -> bool:
+    known = agent._peers.holders_of(SessionKey("default", "alice"))
+    return any(state.turns == 2 for _, state in known)
+
+
+async def test_sessions_are_listed_page_by_page_each_once(tmp_path):
+    async with running_agent(settings(), tmp_path / "a.sock") as agent:
+        async with engine_with_session(agent, tmp_path, session_id="0") as engine:
+            for number in range(1, 7):
+                await turn(agent, engine, f"{number}/ä?")
+        path, seen = "/v1/sessions?limit=3", []
+        while path:
+            listed = (await call(agent, "GET", path))[1]
+            seen += [each["session_id"] for each in listed["sessions"]]
+            path = "next" in listed and f"/v1/sessions?limit=3&after={quote(listed['next'])}"
+        assert seen == ["0", *(f"{number}/ä?" for number in range(1, 7))]
+        for bad in ("limit=0", "limit=x", "limit=1001", "after=%00"):
+            assert (await call(agent, "GET", f"/v1/sessions?{bad}"))[0] == 400
 
 
 async def test_a_drained_agent_has_nothing_left(tmp_path):

@@ -138,14 +138,15 @@ def read_entries(index: bytes) -> Iterator[Entry]:
     """The whole entries of an index file's content, its head included."""
     at = index.find(_ENTRY_MAGIC, HEAD.size)
     while at >= 0:
-        entry = _read_entry(index, at)
+        entry = read_entry(index, at)
         if entry is not None:
             yield entry
         after = at + 1 if entry is None else at + entry.entry_bytes
         at = index.find(_ENTRY_MAGIC, after)
 
 
-def _read_entry(index: bytes, at: int) -> Entry | None:
+def read_entry(index: bytes, at: int) -> Entry | None:
+    """The entry at that offset; None: there is no whole one."""
     if len(index) - at < _ENTRY.size:
         return None
     (_, state, loss_rank, element, namespace_size, key_size, tenant_size, *rest) = (

@@ -39,7 +39,14 @@ class _Damaged:
     record: Record
 
 
-_Step = StoredFrame | Use | _Discard | _Damaged
+@dataclass(frozen=True)
+class _Mark:
+    """Reached when all steps before it are done."""
+
+    reached: asyncio.Future[None]
+
+
+_Step = StoredFrame | Use | _Discard | _Damaged | _Mark
 
 
 class DiskTier:
@@ -102,6 +109,16 @@ class DiskTier:
         if waiting is not None or name in self._doomed:
             return waiting
         return self._store.find(name)
+
+    def has_written(self, name: ChunkKey) -> bool:
+        """Whether the chunk is in the files, and does not only wait for that."""
+        return name not in self._waiting and self.find(name) is not None
+
+    async def flush(self) -> None:
+        """Until all that was put so far is written, or refused."""
+        mark = _Mark(asyncio.get_running_loop().create_future())
+        self._add(mark)
+        await mark.reached
 
     def size(self) -> DiskSize:
         return self._store.size()
@@ -252,6 +269,9 @@ class DiskTier:
                         del self._waiting[step.name]
                 case Use():
                     self._touches -= 1
+                case _Mark(reached):
+                    if not reached.done():
+                        reached.set_result(None)
                 case _Discard(name):
                     self._doomed[name] -= 1
                     if not self._doomed[name]:

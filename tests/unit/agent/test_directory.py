@@ -24,14 +24,19 @@ from mcp_vllm.agent.directory_wire import (
     Entries,
     Follow,
     Message,
+    SessionNews,
+    SessionState,
     Slice,
     Start,
     Whole,
+    session_hash,
 )
 from mcp_vllm.agent.wire import WIRE_VERSION, WireError
 from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.codec.loss import EXACT, LOSSES, rank
 from mcp_vllm.errors import McpError
+from mcp_vllm.security.seals import Seals
+from mcp_vllm.session.manifest import SessionKey, SessionRegistry
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
 from mcp_vllm.store.tiers import Tiers
 
@@ -47,13 +52,19 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announcer_module, "BATCH_S", 0)
 
 
-def agent(agent_id: str = "one", store: RamStore | None = None) -> SimpleNamespace:
+def agent(
+    agent_id: str = "one",
+    store: RamStore | None = None,
+    sessions: SessionRegistry | None = None,
+) -> SimpleNamespace:
     """What an announcer needs of its context, and the store that its tiers are made of."""
     store = RamStore(1 << 26) if store is None else store
     return SimpleNamespace(
         agent_id=agent_id,
         store=store,
+        sessions=SessionRegistry(1000) if sessions is None else sessions,
         tiers=Tiers(store),
+        seals=Seals(),
         fingerprints={},
         prefills={},
         config=SimpleNamespace(codec=SimpleNamespace(name="zstd")),
@@ -75,6 +86,25 @@ def truth(store: RamStore, namespace: bytes) -> dict[int, int]:
     hashes = hash_keys([each.key for each in names]).tolist()
     ranks = [rank(store.get(each).loss) for each in names]
     return dict(zip(hashes, ranks, strict=True))
+
+
+def session(number: int) -> SessionKey:
+    return SessionKey("acme", f"chat {number}")
+
+
+def take_turn(sessions: SessionRegistry, number: int) -> None:
+    sessions.record_turn(session(number), NAMESPACES[0], [[b"k"]], 16 * number, now_s=0.0)
+
+
+def told_of(view: DirectoryView) -> dict[int, SessionState]:
+    """Session -> what the view says of it."""
+    states = {number: view.session(session_hash(session(number))) for number in range(31)}
+    return {number: state for number, state in states.items() if state is not None}
+
+
+def true_of(sessions: SessionRegistry) -> dict[int, SessionState]:
+    manifests = {number: sessions.get(session(number)) for number in range(31)}
+    return {n: SessionState(m.turns, m.num_tokens) for n, m in manifests.items() if m is not None}
 
 
 def read(packed: bytes) -> Message:
@@ -117,7 +147,8 @@ class Reader:
                 message = await self.step()
             except McpError:
                 continue
-            if message == Beat(self.sender.seq) and not self.sender._pending:
+            pending = self.sender._pending or self.sender._pending_sessions
+            if message == Beat(self.sender.seq) and not pending:
                 return
         raise AssertionError("it never settles")
 
@@ -126,6 +157,7 @@ NUMBERS = st.integers(0, 30)
 STEP = st.one_of(
     st.tuples(st.just("put"), NUMBERS, st.sampled_from(LOSSES)),
     st.tuples(st.just("discard"), NUMBERS, st.just("")),
+    st.tuples(st.sampled_from(["turn", "forget"]), NUMBERS, st.just("")),
     st.tuples(st.just("flush"), st.just(0), st.just("")),
     st.tuples(st.sampled_from(["read", "lose"]), st.integers(1, 4), st.just("")),
     st.tuples(st.sampled_from(["cut", "restart", "restart empty"]), st.just(0), st.just("")),
@@ -134,7 +166,8 @@ STEP = st.one_of(
 
 async def walk(steps, log_bytes: int) -> None:
     store = RamStore(1 << 26)
-    sender = Announcer(agent(store=store), log_bytes)
+    sessions = SessionRegistry(1000)
+    sender = Announcer(agent(store=store, sessions=sessions), log_bytes)
     sender.start()
     reader = Reader(sender)
     for position, (what, number, loss) in enumerate(steps):
@@ -143,6 +176,10 @@ async def walk(steps, log_bytes: int) -> None:
                 store.put(name(number, NAMESPACES[number % 2]), chunk(loss))
             case "discard":
                 store.discard(name(number, NAMESPACES[number % 2]))
+            case "turn":
+                take_turn(sessions, number)
+            case "forget":
+                sessions.remove(session(number))
             case "flush":
                 await asyncio.sleep(0)
             case "read" | "lose":
@@ -157,7 +194,8 @@ async def walk(steps, log_bytes: int) -> None:
                 await reader.cut()
                 sender.close()
                 store = store if what == "restart" else RamStore(1 << 26)
-                sender = Announcer(agent(f"life {position}", store), log_bytes)
+                sessions = sessions if what == "restart" else SessionRegistry(1000)
+                sender = Announcer(agent(f"life {position}", store, sessions), log_bytes)
                 sender.start()
                 reader.sender = sender
     await reader.settle()
@@ -165,6 +203,7 @@ async def walk(steps, log_bytes: int) -> None:
     assert reader.view.agent_id == sender._context.agent_id
     for namespace in NAMESPACES:
         assert reader.view.ranks(namespace) == truth(store, namespace)
+    assert told_of(reader.view) == true_of(sessions)
     await reader.cut()
     assert not sender.num_followers
     sender.close()
@@ -307,6 +346,7 @@ BAD = {
     "a slice before the start": ([Slice([])], WireError),
     "an end of nothing": ([Whole(0, 0)], WireError),
     "an end of another snapshot": ([*TOLD[:2], Whole(6, 1)], WireError),
+    "sessions left out": ([*TOLD[:2], Whole(5, 1, 1)], DirectoryGap),
     "a slice left out": ([*TOLD[:2], Whole(5, 2)], DirectoryGap),
     "changes in the snapshot": ([*TOLD[:2], Changes(6, [])], WireError),
     "a slice after the snapshot": ([*TOLD, Slice([])], WireError),
@@ -381,6 +421,9 @@ def test_changes_that_are_not_merged_count_at_their_price() -> None:
         Changes(1, [Entries(N, [bytes(8)] * 249)]),
         Slice([Entries(N, [bytes(8 * MAX_HASHES), bytes(8)])]),
         Slice([Entries(bytes(65), [])]),
+        Slice([], SessionNews(bytes(15))),
+        Slice([], SessionNews(b"", bytes(9))),
+        Changes(1, [], SessionNews(bytes(16 * 4096), bytes(8))),
         About("", {n.to_bytes(2, "big"): {} for n in range(257)}, []),
         About("", {}, [], tuple(map(str, range(63)))),
     ],

@@ -82,7 +82,7 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(
         (
             {"xyzzy": 1},
             '"xyzzy" (known: version, host_cache_bytes, host_cache_policy, peers, insecure, '
-            "discovery, agent, codec, tenants, security)",
+            "discovery, replication, agent, codec, tenants, security)",
         ),
         ({1: 1}, '"1" (known: '),
     ],

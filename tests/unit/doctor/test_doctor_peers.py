@@ -31,6 +31,34 @@ def test_without_peers_there_is_nothing_to_ask() -> None:
     assert verdict.status is Status.OK
 
 
+def test_peers_behind_a_name_are_asked_too_but_not_this_host_itself() -> None:
+    ours, theirs = {"/v1/hello": hello("us", GEMMA)}, {"/v1/hello": hello("them", GEMMA)}
+    with serving(ours) as own, serving(theirs) as peer:
+        agent = {"listen": own, "lookup_ms": 60_000}
+        names = [f"localhost:{address.rsplit(':', 1)[1]}" for address in (own, peer)]
+        tree = {"discovery": {"dns": names}, "agent": agent}
+        verdicts = check_peers(Config.load(tree, environ={}))
+    by_title = {verdict.name: verdict for verdict in verdicts}
+    assert [each.status for each in verdicts[:2]] == [Status.OK] * 2, "both names are known"
+    assert by_title[f"peer {peer}"].status is Status.OK
+    assert f"peer {own}" not in by_title
+
+
+def test_a_name_that_nobody_knows_is_a_fail() -> None:
+    tree = {"discovery": {"dns": ["agents.invalid:7077"]}}
+    (verdict,) = check_peers(Config.load(tree, environ={}))
+    assert (verdict.name, verdict.status) == ("discovery.dns agents.invalid:7077", Status.FAIL)
+
+
+def test_a_registry_that_does_not_answer_is_a_fail() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{nobody.getsockname()[1]}/0"
+        tree = {"discovery": {"registry": url}}
+        (verdict,) = check_peers(Config.load(tree, environ={}))
+    assert (verdict.name, verdict.status) == ("discovery.registry", Status.FAIL)
+
+
 def test_a_peer_with_the_same_engine_is_good() -> None:
     verdict = check(hello("us", LLAMA, GEMMA), hello("them", GEMMA))
     assert verdict.status is Status.OK

@@ -42,15 +42,18 @@ class StoreAgainstModel(RuleBasedStateMachine):
         self.model: dict[ChunkKey, int] = {}
         self.raw: list[ChunkKey] = []
         self.known: set[ChunkKey] = set()
+        self.left: list[ChunkKey] = []
         self.evictions = 0
 
     def told(self, name: ChunkKey, present: bool) -> None:
         assert (name in self.store) == present != (name in self.known)
         (self.known.add if present else self.known.remove)(name)
+        if not present:
+            self.left.append(name)
 
     def leave(self, need_bytes: int) -> None:
         """What the store has no more left because so many bytes were needed."""
-        gone = [name for name in self.model if name not in self.store]
+        gone = [name for name in self.left if name in self.model and name not in self.store]
         held = sum(self.model.values())
         assert bool(gone) == (held + need_bytes > BUDGET_BYTES)
         for name in gone:
@@ -128,6 +131,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.store.check_integrity()
+        self.left.clear()
         assert set(self.store) == set(self.model) == self.known
         size = self.store.size()
         assert size.held_bytes == sum(self.model.values()) <= size.budget_bytes
