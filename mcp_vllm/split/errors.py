@@ -15,6 +15,14 @@ class StageLost(SplitError):
     """The stage is gone, silent or broken: another one, or local layers, must take over."""
 
 
+class StageTimeout(StageLost):
+    """The stage is alive and has not finished in time."""
+
+
+class StageResourceError(SplitError):
+    """The stage has no lease, memory or KV blocks for this; smaller or fewer sessions may fit."""
+
+
 class StageRefused(SplitError):
     """The stage answers and does not want us.
 

@@ -125,8 +125,10 @@ class StageModel:
             self._open_leases += 1
         welcome, timer = self._welcome, None
         try:
+            if hello.measuring or hello.is_client:
+                welcome = msgspec.structs.replace(welcome, about=self._about)
             if hello.measuring:
-                welcome, timer = msgspec.structs.replace(welcome, about=self._about), self._timer()
+                timer = self._timer()
             return StageLease(
                 self._config, self._make_runner, self._turn, hello, welcome, self._closed, timer
             )
