@@ -1,4 +1,4 @@
-"""The noise's account: what the formulas of zCDP say, and samples that are what is accounted for."""
+"""The noise's account is what the formulas of zCDP say, and the samples are what it counts."""
 
 import math
 
