@@ -1,7 +1,7 @@
 """A transformers model whose middle layers run at a stage: the tokens of the whole model.
 
     python examples/hf_split.py                  # starts a stage of layers 4 to 13, and uses it
-    python examples/hf_split.py --kill           # two stages; the first dies in the middle of a text
+    python examples/hf_split.py --kill           # two stages; the first dies in mid-sentence
     python examples/hf_split.py --stage HOST:PORT --layers 4:14   # a stage that runs already
 
 The model is Gemma-3-270m unless `--model FOLDER` names another. Both models are greedy and compute
