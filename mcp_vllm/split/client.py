@@ -27,6 +27,8 @@ from mcp_vllm.split.wire import Hello
 SCHEME = "mcp://"
 TASK = "transformer_layer"
 MAX_REQUESTS = 64
+# How long the first call waits for a stage that loads, or is taken.
+LOAD_MS = 120_000
 # Hidden states of transformers are sums already, so `fold` loses nothing.
 _FORM_OF = {None: FOLD, "none": FOLD, "fp8": FP8}
 
@@ -73,6 +75,7 @@ class StageClient:
         self._settings = {
             "form": _FORM_OF[compression],
             "stages": [each.strip().removeprefix(SCHEME) for each in names],
+            "load_ms": LOAD_MS,
             **settings,
         }
         self._auth_key = auth_key

@@ -43,6 +43,7 @@ class AddingLayers:
     during_step: Callable[[], None] = lambda: None
     max_leases: int = 1
     facts_: Mapping[str, str] = field(default_factory=lambda: dict(FACTS))
+    client_lease: Callable[[AddingLayers], AddingLease] = field(default=lambda b: PagedLease(b))
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -60,7 +61,7 @@ class AddingLayers:
         if len(self.leases) >= self.max_leases:
             raise StageRefused("", "busy", "all leases are taken")
         if hello.is_client:
-            lease: AddingLease = PagedLease(self)
+            lease: AddingLease = self.client_lease(self)
         else:
             lease = MeasuredLease(self) if hello.measuring else AddingLease(self)
         self.leases.append(lease)
@@ -131,19 +132,24 @@ class PagedLease(AddingLease):
         sums, taken = [], 0
         for alias, count in step.scheduled:
             for position in range(first[alias], first[alias] + count):
-                sums.append(self._sum(alias, position, rows.hidden[taken]))
+                sums.append(self._result(alias, position, rows.hidden[taken]))
                 taken += 1
         result = torch.stack(sums)
         return Activations(result, torch.zeros_like(result))
 
-    def _sum(self, alias: int, position: int, row: torch.Tensor) -> torch.Tensor:
-        """Write a row into both groups' blocks, and add up what is there."""
-        totals = []
+    def _result(self, alias: int, position: int, row: torch.Tensor) -> torch.Tensor:
+        """Write a row into both groups' blocks, and compute with what is there."""
+        seen = []
         for table, size in zip(self.tables[alias], self.PLAN.block_tokens, strict=True):
             self.kv[table[position // size], position % size] = row
-            totals.append(sum(self.kv[table[i // size], i % size] for i in range(position + 1)))
-        assert torch.equal(*totals)
-        return totals[0]
+            so_far = [self.kv[table[i // size], i % size] for i in range(position + 1)]
+            seen.append(torch.stack(so_far))
+        assert torch.equal(*seen)
+        return self.last_row(seen[0])
+
+    def last_row(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the layers make of the last of a request's rows."""
+        return rows.sum(0)
 
     def _check_blocks(self) -> None:
         used = [block for tables in self.tables.values() for table in tables for block in table]
