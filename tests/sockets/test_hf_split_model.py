@@ -148,12 +148,8 @@ def test_the_layers_are_dropped_and_what_is_left_is_a_smaller_model(whole):
     assert [each() for each in gone] == [None] * len(gone)
     assert split.config.num_hidden_layers == len(split.model.layers) == 3
     assert whole.config.num_hidden_layers == 5
-    assert [
-        each.self_attn.layer_idx for each in (split.model.layers[0], split.model.layers[2])
-    ] == [
-        0,
-        2,
-    ]
+    ends = split.model.layers[0], split.model.layers[2]
+    assert [each.self_attn.layer_idx for each in ends] == [0, 2]
 
 
 def test_what_cannot_be_split_or_go_on_is_refused_by_name(whole):
