@@ -115,7 +115,9 @@ class StageSessions:
     def fork(self, name: str, copy: str) -> None:
         """Begin session `copy` with what `name` has so far; the stage computes it once more."""
         with self._lock:
-            session = self._sessions[name]
+            session = self._sessions.get(name)
+            if session is None:
+                return
             self._sessions[copy] = Session(list(session.inputs), session.num_inputs)
             if self._noise is not None:
                 self._noise.fork(name, copy)
