@@ -1,4 +1,5 @@
 """A small typed client of the session API: `MCPClient`, and `AsyncMCPClient` with the same methods.
+Of a stage's address, `MCPClient` is a client of its layers (split/client.py).
 
     from mcp_vllm import MCPClient
 
@@ -21,7 +22,7 @@ from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -44,6 +45,9 @@ from mcp_vllm.session.api import (
 )
 from mcp_vllm.session.cache_api import CacheView
 from mcp_vllm.session.manifest import DEFAULT_TENANT
+
+if TYPE_CHECKING:
+    from mcp_vllm.split.client import StageClient
 
 DEFAULT_URL = "http://127.0.0.1:7077"
 CONNECT_S = 5.0
@@ -140,19 +144,41 @@ class _Calls:
 
 
 class MCPClient:
-    """Sessions of one tenant at one agent. Use it as a context manager, or call `close`."""
+    """Sessions of one tenant at one agent, or layers at a stage.
+
+    Use it as a context manager, or call `close`.
+    """
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        endpoint: str = DEFAULT_URL,
         tenant: str = DEFAULT_TENANT,
         token: str | None = None,
+        *,
+        auth_key: str | None = None,
         **options: Any,
     ) -> None:
-        """`token` is a bearer token; `options` go to httpx.Client: `verify` with the ssl.SSLContext
-        of `mcp_vllm.security.tls.client_context`, `timeout`."""
-        self._http = httpx.Client(base_url=base_url, **(_defaults(token) | options))
+        """What `endpoint` is decides what the client is for.
+
+        Args:
+            endpoint: the URL of an agent, for sessions; or HOST:PORT of a stage, or several with
+                commas between them, for `execute`.
+            token, auth_key: two names of a bearer token.
+            options: of an agent, of httpx.Client: `verify` with the ssl.SSLContext of
+                `mcp_vllm.security.tls.client_context`, `timeout`. Of a stage, of StageClient:
+                `compression`, `tls`, `noise`, ...
+        """
+        self._endpoint = endpoint
         self._calls = _Calls(tenant)
+        self._agent: httpx.Client | None = None
+        self._stages: StageClient | None = None
+        key = auth_key or token
+        if endpoint.startswith(("http://", "https://")):
+            self._agent = httpx.Client(base_url=endpoint, **(_defaults(key) | options))
+        else:
+            from mcp_vllm.split.client import StageClient
+
+            self._stages = StageClient(endpoint, auth_key=key, **options)
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +192,21 @@ class MCPClient:
         self.close()
 
     def close(self) -> None:
-        self._http.close()
+        for client in (self._agent, self._stages):
+            if client is not None:
+                client.close()
+
+    @property
+    def stages(self) -> StageClient:
+        """The layers' side. Raises ApiError: the endpoint is an agent."""
+        if self._stages is None:
+            raise ApiError(0, f"{self._endpoint} is an agent: layers need HOST:PORT of a stage")
+        return self._stages
+
+    def execute(self, **call: Any) -> Any:
+        """Hidden states through layers of a stage; the arguments are those of
+        `StageClient.execute`: `input_data`, `layer_range`, `session`, `task_type`."""
+        return self.stages.execute(**call)
 
     def sessions(self) -> list[SessionSummary]:
         """All of the tenant's, by name."""
@@ -261,6 +301,12 @@ class MCPClient:
                 offset = self._run(self._calls.upload_state(query)).received
         raise AssertionError("the last attempt returns or raises")
 
+    @property
+    def _http(self) -> httpx.Client:
+        if self._agent is None:
+            raise ApiError(0, f"{self._endpoint} is a stage: sessions need the URL of an agent")
+        return self._agent
+
     def _run(self, call: _Call[_T]) -> _T:
         with _no_answer():
             response = self._http.request(call.method, call.path, content=call.content)
@@ -272,13 +318,13 @@ class AsyncMCPClient:
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        endpoint: str = DEFAULT_URL,
         tenant: str = DEFAULT_TENANT,
         token: str | None = None,
         **options: Any,
     ) -> None:
         """As for MCPClient; `options` go to httpx.AsyncClient."""
-        self._http = httpx.AsyncClient(base_url=base_url, **(_defaults(token) | options))
+        self._http = httpx.AsyncClient(base_url=endpoint, **(_defaults(token) | options))
         self._calls = _Calls(tenant)
 
     async def __aenter__(self) -> Self:

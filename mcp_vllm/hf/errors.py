@@ -1,4 +1,4 @@
-"""What goes wrong when a cache leaves or enters a transformers process, beside a delta's errors."""
+"""What goes wrong between us and a transformers process, beside a delta's errors."""
 
 from mcp_vllm.errors import McpError
 
@@ -13,6 +13,10 @@ class LibraryError(CacheError):
 
 class UnsupportedCacheError(CacheError):
     """The cache is of a kind, or in a state, that cannot be exported; the message names it."""
+
+
+class UnsplittableError(CacheError):
+    """The model's layers cannot be split, or not like that; the message says why."""
 
 
 class DamagedCacheError(CacheError):

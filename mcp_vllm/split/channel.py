@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mcp_vllm.split import wire
-from mcp_vllm.split.errors import StageLost, WireError
+from mcp_vllm.split.errors import StageLost, StageTimeout, WireError
 from mcp_vllm.split.wire import HEADER, Kind
 
 BUFFER_BYTES = 4 << 20
@@ -167,7 +167,7 @@ class Channel:
             if count == 0:
                 raise StageLost("the connection was closed")
             if until is not None and now > until:
-                raise StageLost(f"no answer within {patience.total_s:g} s", "slow")
+                raise StageTimeout(f"no answer within {patience.total_s:g} s", "slow")
             if count is not None:
                 view, last_byte = view[count:], now
             elif patience.silence_s is not None and now - last_byte >= patience.silence_s:

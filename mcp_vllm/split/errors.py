@@ -26,6 +26,14 @@ class StageLost(SplitError):
         self.cause = cause
 
 
+class StageTimeout(StageLost):
+    """The stage is alive and has not finished in time."""
+
+
+class StageResourceError(SplitError):
+    """The stage has no lease, memory or KV blocks for this; smaller or fewer sessions may fit."""
+
+
 class StageRefused(SplitError):
     """The stage answers and does not want us.
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # While a stage loads, its connection threads may wait for the interpreter: ask less impatiently.
 _LOAD_SILENCE_S = 30.0
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Link:
     channel: Channel
     patience: Patience
 
-    def init_kv(self, kv_init: KvInit, patience_s: float) -> None:
-        """Let the stage allocate its blocks. Raises StageLost, StageRefused."""
+    def init_kv(self, kv_init: KvInit, patience_s: float) -> bytearray:
+        """Let the stage allocate its blocks; what it has planned (KvPlan), for a client.
+
+        Raises StageLost, StageRefused."""
         waiting = replace(self.patience, silence_s=_LOAD_SILENCE_S, total_s=patience_s)
         self.channel.send(Kind.KV_INIT, kv_init, patience=self.patience)
-        self._receive(Kind.OK, 0, waiting)
+        return self._receive(Kind.OK, 0, waiting).metadata
 
     def begin(self, number: int, step: Step) -> None:
         """Send what the step is about, so that the stage can prepare. Raises StageLost."""
@@ -110,8 +113,10 @@ _PINGS = 3
 class Stages:
     """The stages of the configuration, which is next, and how long each may take."""
 
-    def __init__(self, config: SplitConfig, hello: Hello, dtype: torch.dtype) -> None:
-        """Raises SecurityError: a certificate or the token cannot be used."""
+    def __init__(self, config: SplitConfig, hello: Hello, dtype: torch.dtype | None) -> None:
+        """`dtype` None: the stage's, which it tells clients.
+
+        Raises SecurityError: a certificate or the token cannot be used."""
         self._config = config
         self._hello = hello
         self._dtype = dtype
@@ -119,8 +124,8 @@ class Stages:
         self._step_s: dict[str, float] = {}
         self._tls = _tls(config)
 
-    def connect(self) -> Link:
-        """A lease at the first stage that gives one; waits for stages that still load.
+    def connect(self, *, patient: bool = True) -> Link:
+        """A lease at the first stage that gives one; if `patient`, waits for those that still load.
 
         Raises:
             StageRefused: all refuse, and this is what the first of them said.
@@ -131,11 +136,12 @@ class Stages:
             failures: list[SplitError] = []
             for stage in self.in_order():
                 try:
-                    return self.dial(stage, self._config.span, until)
+                    return self.dial(stage, self._config.span, until if patient else None)
                 except SplitError as error:
                     failures.append(error)
                     logger.warning("%s", error)
-            if time.monotonic() > until or not any(map(_passes, failures)):
+            is_over = not patient or time.monotonic() > until
+            if is_over or not any(map(_passes, failures)):
                 raise _summary(failures)
             time.sleep(0.5)
 
@@ -207,7 +213,8 @@ class Stages:
             channel.max_metadata = wire.MAX_METADATA_BYTES
             message = _receive(stage, channel, Kind.WELCOME, 0, first)
             welcome = wire.decode(Welcome, message.metadata)
-            form = Form(self._hello.form, welcome.width, self._dtype, "residual" in welcome.tensors)
+            dtype = self._dtype or _dtype_of(welcome)
+            form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         except BaseException:
             channel.close()
             raise
@@ -218,7 +225,7 @@ class Stages:
     def _hello_for(self, span: Span) -> Hello:
         """The token is read for each connection: whoever renews it replaces the file."""
         token_file = self._config.token_file
-        token = None if token_file is None else read_token(token_file)
+        token = self._hello.token if token_file is None else read_token(token_file)
         layers = "" if self._hello.measuring else spans.text(span)
         return msgspec.structs.replace(self._hello, token=token, layers=layers)
 
@@ -231,6 +238,13 @@ def _receive(stage: str, channel: Channel, kind: Kind, step: int, patience: Pati
         error = wire.decode(wire.Error, message.metadata)
         raise StageRefused(stage, error.code, error.message)
     return expect(message, kind, step)
+
+
+def _dtype_of(welcome: Welcome) -> torch.dtype:
+    name = "" if welcome.about is None else welcome.about.dtype
+    if name not in _DTYPES:
+        raise WireError(f"a stage that computes in {name[:20]!r}")
+    return _DTYPES[name]
 
 
 def _unasked(message: Message) -> str:

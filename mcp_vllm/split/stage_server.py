@@ -27,7 +27,7 @@ from mcp_vllm.split.activations import DTYPES, FORMS, Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
 from mcp_vllm.split.memory import is_out_of_memory
-from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, StepSeconds, Welcome
+from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, KvPlan, Step, StepSeconds, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,10 @@ class Lease(Protocol):
 
     welcome: Welcome
 
-    def init_kv(self, kv_init: KvInit) -> None:
-        """Allocate the blocks. Raises StageRefused: too many, or not what these layers have."""
+    def init_kv(self, kv_init: KvInit) -> KvPlan | None:
+        """Allocate the blocks; of a client's lease, plan them, too.
+
+        Raises StageRefused: too many, or not what these layers have."""
 
     def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
         """Run a step; `take` waits for the order of the rows and the rows. Raises StageRefused."""
@@ -210,7 +212,7 @@ class _LeaseThread:
         try:
             facts = self._backend.facts()
             if not self._hello.measuring:
-                _check_facts(facts, self._hello.facts)
+                _check_facts(facts, self._hello)
             lease = self._backend.open(self._hello)
             self._metrics.leases.inc()
             self._serve(lease)
@@ -231,8 +233,8 @@ class _LeaseThread:
         form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         self._channel.send(Kind.WELCOME, welcome)
-        lease.init_kv(wire.decode(KvInit, expect(self._take(), Kind.KV_INIT).metadata))
-        self._channel.send(Kind.OK)
+        kv_init = wire.decode(KvInit, expect(self._take(), Kind.KV_INIT).metadata)
+        self._channel.send(Kind.OK, lease.init_kv(kv_init))
         number = 0
         while True:
             number += 1
@@ -278,10 +280,14 @@ class _LeaseThread:
                 return
 
 
-def _check_facts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    difference = Fingerprint(ours).first_difference(Fingerprint(theirs))
+def _check_facts(ours: Mapping[str, str], hello: Hello) -> None:
+    who = "the engine"
+    if hello.is_client:
+        who = "the client"
+        ours = {name: value for name, value in ours.items() if name in hello.facts}
+    difference = Fingerprint(ours).first_difference(Fingerprint(hello.facts))
     if difference is not None:
-        raise StageRefused("", "model", f"not what this stage holds: {difference} (the engine)")
+        raise StageRefused("", "model", f"not what this stage holds: {difference} ({who})")
 
 
 def _check_bounds(hello: Hello) -> None:

@@ -12,7 +12,7 @@ Life of a connection (> from the engine, < from the stage):
     > Hello      who asks, what it serves, how large its batches are
     < Welcome    the lease's attention layers, the memory for their KV blocks; or Error and the end
     > KvInit     the KV groups and the number of blocks, the same on both sides
-    < Ok
+    < Ok         for a client: with a KvPlan
     > Step n     a scrubbed scheduler output: what changes and what runs
     > Acts n     the order of the requests in the batch, and their activations
     < Reply n    the activations after the stage's layers, in the same order, and what it took
@@ -21,6 +21,10 @@ Life of a connection (> from the engine, < from the stage):
 
 A Hello that says `measuring` is for planning: the lease is an ordinary one, its rows are made up,
 and each Reply says what each layer took.
+
+A Hello that says `is_client` is of a program without vLLM (split/client.py). It plays an engine's
+scheduler, and leaves to the stage what needs vLLM: its KvInit is empty, the stage plans the groups
+and blocks of its own layers, and Ok carries that KvPlan.
 
 Steps are numbered from 1, and Acts and Reply carry their step's number: any other is an error.
 At any time each side may send Ping, which is answered by Pong at once, also during a step and
@@ -86,6 +90,8 @@ class Hello(msgspec.Struct, frozen=True):
         form: of activations, one of activations.FORMS.
         dtype: of the activations, if it is not the stage's own; one of activations.DTYPES.
         layers: FIRST:END that the engine wants, some or all of the stage's; empty: all of them.
+        is_client: has no vLLM. Facts that it leaves out need not agree; `max_model_len` is the most
+            that it wants; Welcome has `about`, and Ok a KvPlan.
         measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
             Reply says what each layer took.
     """
@@ -99,6 +105,7 @@ class Hello(msgspec.Struct, frozen=True):
     measuring: bool = False
     layers: str = ""
     dtype: str = ""
+    is_client: bool = False
 
 
 # A KV cache spec of vLLM: the name of its class, and its fields.
@@ -106,7 +113,7 @@ KvSpec = tuple[str, dict[str, int | bool | str | None]]
 
 
 class About(msgspec.Struct, frozen=True):
-    """A stage, for planning.
+    """A stage, for those who plan or have no vLLM.
 
     Attributes:
         layers: FIRST:END that it holds.
@@ -166,6 +173,20 @@ class KvInit(msgspec.Struct, frozen=True):
     groups: list[KvGroup]
     hash_block_size: int | None = None
     alignment: int | None = None
+
+
+class KvPlan(msgspec.Struct, frozen=True):
+    """What a stage has planned for a client.
+
+    Attributes:
+        num_blocks: blocks of each group, the null block included.
+        block_tokens: tokens a block, by group.
+        max_model_len: tokens a request may have.
+    """
+
+    num_blocks: int
+    block_tokens: list[int]
+    max_model_len: int
 
 
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):

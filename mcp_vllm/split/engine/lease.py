@@ -17,18 +17,22 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import record_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_config_from_groups
+from vllm.v1.core.kv_cache_utils import (
+    _pool_bytes_per_block,
+    get_kv_cache_config_from_groups,
+    get_kv_cache_groups,
+)
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
 from mcp_vllm.split import wire
 from mcp_vllm.split.activations import Activations
-from mcp_vllm.split.engine.kv_specs import decode_group
+from mcp_vllm.split.engine.kv_specs import decode_group, decode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
 from mcp_vllm.split.spans import Span
-from mcp_vllm.split.wire import Hello, KvInit, Step, Welcome
+from mcp_vllm.split.wire import Hello, KvInit, KvPlan, Step, Welcome
 
 Rows = tuple[list[int], Activations]
 
@@ -94,23 +98,27 @@ class StageLease:
         with turn.lock, set_current_vllm_config(self._config):
             self._runner = make_runner(self._config)
 
-    def init_kv(self, kv_init: KvInit) -> None:
-        groups = [decode_group(each) for each in kv_init.groups]
-        self._check_groups(groups, kv_init.num_blocks)
+    def init_kv(self, kv_init: KvInit) -> KvPlan | None:
         layout = kv_init.layout or self._turn.layouts[0]
         if layout not in self._turn.layouts:
             raise StageRefused("", "model", f"no KV cache layout {layout[:20]!r} here")
         cache = self._config.cache_config
-        cache.num_gpu_blocks = kv_init.num_blocks
         record_kv_cache_layout(cache, layout)
+        groups = self._own_groups() if self._hello.is_client else _decoded(kv_init)
+        block_bytes = _pool_bytes_per_block(self._config, groups)
+        num_blocks = kv_init.num_blocks
+        if self._hello.is_client:
+            num_blocks = self.welcome.kv_bytes // block_bytes
+        self._check_groups(groups, num_blocks)
+        cache.num_gpu_blocks = num_blocks
         cache.hash_block_size = kv_init.hash_block_size
         cache.cache_hit_alignment_tokens = kv_init.alignment
-        pool_bytes = kv_init.num_blocks * _pool_bytes_per_block(self._config, groups)
+        pool_bytes = num_blocks * block_bytes
         if pool_bytes > self.welcome.kv_bytes:
             raise StageRefused(
                 "",
                 "memory",
-                f"{kv_init.num_blocks} blocks take {pool_bytes} bytes, this lease has "
+                f"{num_blocks} blocks take {pool_bytes} bytes, this lease has "
                 f"{self.welcome.kv_bytes}",
             )
         planned = get_kv_cache_config_from_groups(self._config, groups, pool_bytes)
@@ -122,7 +130,11 @@ class StageLease:
                 self._runner._init_kv_zero_meta()
             names = self.welcome.kv_specs
             self._kv_caches = {name: self._turn.layers[name].kv_cache for name in names}
-        self._decoder = StepDecoder(self._limits(groups, kv_init.num_blocks))
+        limits = self._limits(groups, num_blocks)
+        self._decoder = StepDecoder(limits)
+        if not self._hello.is_client:
+            return None
+        return KvPlan(num_blocks, list(limits.block_sizes), limits.max_model_len)
 
     @torch.inference_mode()
     def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
@@ -187,6 +199,11 @@ class StageLease:
         )
         return permuted, source
 
+    def _own_groups(self) -> list[KVCacheGroupSpec]:
+        """As vLLM groups these layers where there are no others."""
+        specs = {name: decode_spec(spec) for name, spec in self.welcome.kv_specs.items()}
+        return get_kv_cache_groups(self._config, specs)
+
     def _check_groups(self, groups: list[KVCacheGroupSpec], num_blocks: int) -> None:
         if not (0 < len(groups) <= wire.MAX_GROUPS and 0 < num_blocks < wire.MAX_BLOCKS):
             raise WireError(f"{len(groups)} KV groups of {num_blocks} blocks")
@@ -198,7 +215,7 @@ class StageLease:
         return Limits(
             max_tokens=self._hello.max_tokens,
             max_requests=self._hello.max_requests,
-            max_model_len=self._hello.max_model_len,
+            max_model_len=self._config.model_config.max_model_len,
             num_blocks=num_blocks,
             block_sizes=tuple(group.kv_cache_spec.block_size for group in groups),
         )
@@ -236,10 +253,14 @@ class _Awaited(IntermediateTensors):
         return restored
 
 
+def _decoded(kv_init: KvInit) -> list[KVCacheGroupSpec]:
+    return [decode_group(each) for each in kv_init.groups]
+
+
 def _lease_config(config: VllmConfig, hello: Hello) -> VllmConfig:
     """The stage's configuration with this engine's batches; layers and compilation are shared."""
     most = config.model_config.max_model_len
-    if hello.max_model_len > most:
+    if hello.max_model_len > most and not hello.is_client:
         raise StageRefused(
             "",
             "memory",
@@ -247,7 +268,7 @@ def _lease_config(config: VllmConfig, hello: Hello) -> VllmConfig:
         )
     lease = copy.copy(config)
     lease.model_config = copy.copy(config.model_config)
-    lease.model_config.max_model_len = hello.max_model_len
+    lease.model_config.max_model_len = min(hello.max_model_len, most)
     lease.cache_config = copy.copy(config.cache_config)
     lease.scheduler_config = copy.copy(config.scheduler_config)
     lease.scheduler_config.max_num_seqs = hello.max_requests

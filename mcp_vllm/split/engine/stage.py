@@ -153,8 +153,10 @@ class StageModel:
         timer = None
         try:
             welcome = self._welcome_to(span)
+            if hello.measuring or hello.is_client:
+                welcome = msgspec.structs.replace(welcome, about=self._about)
             if hello.measuring:
-                welcome, timer = msgspec.structs.replace(welcome, about=self._about), self._timer()
+                timer = self._timer()
             return StageLease(
                 self._config,
                 self._make_runner,

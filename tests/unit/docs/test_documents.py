@@ -83,6 +83,8 @@ def faults_of(words: list[str]) -> list[str]:
         return [word for word in rest if "=" not in word and word not in make_targets()]
     if program == VENV_PYTHON:
         return [word for word in rest if word.startswith(PATHS) and not (ROOT / word).exists()]
+    if program == "mcp-vllm" and "--" in rest:
+        rest = rest[: rest.index("--")]  # what follows is for vLLM
     flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
     if program == "vllm":
         return [flag for flag in flags if flag not in plugin_flags() | VLLM_FLAGS]

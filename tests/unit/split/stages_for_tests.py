@@ -17,7 +17,16 @@ from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.errors import StageRefused
 from mcp_vllm.split.link import Link, Stages
 from mcp_vllm.split.stage_server import Rows, StageServer
-from mcp_vllm.split.wire import About, Hello, KvGroup, KvInit, NewRequest, Step, Welcome
+from mcp_vllm.split.wire import (
+    About,
+    Hello,
+    KvGroup,
+    KvInit,
+    KvPlan,
+    NewRequest,
+    Step,
+    Welcome,
+)
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 WIDTH = 8
@@ -34,6 +43,7 @@ class AddingLayers:
     during_step: Callable[[], None] = lambda: None
     max_leases: int = 1
     facts_: Mapping[str, str] = field(default_factory=lambda: dict(FACTS))
+    client_lease: Callable[[AddingLayers], AddingLease] = field(default=lambda b: PagedLease(b))
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -50,7 +60,10 @@ class AddingLayers:
     def open(self, hello: Hello) -> AddingLease:
         if len(self.leases) >= self.max_leases:
             raise StageRefused("", "busy", "all leases are taken")
-        lease = MeasuredLease(self) if hello.measuring else AddingLease(self)
+        if hello.is_client:
+            lease: AddingLease = self.client_lease(self)
+        else:
+            lease = MeasuredLease(self) if hello.measuring else AddingLease(self)
         self.leases.append(lease)
         return lease
 
@@ -80,6 +93,68 @@ class AddingLease:
 
     def close(self) -> None:
         self._backend.leases.remove(self)
+
+
+class PagedLease(AddingLease):
+    """Of a client: each token's row comes back as the sum of all rows of its request so far, which
+    are read back from the blocks of two groups. So wrong blocks or positions show."""
+
+    PLAN = KvPlan(num_blocks=25, block_tokens=[4, 8], max_model_len=40)
+    welcome = msgspec.structs.replace(
+        AddingLease.welcome, about=About("1:3", "made-up", 1 << 30, ["float32"], "float32")
+    )
+
+    def __init__(self, backend: AddingLayers) -> None:
+        super().__init__(backend)
+        self.tables: dict[int, list[list[int]]] = {}
+        self.kv: dict[tuple[int, int], torch.Tensor] = {}
+        self.steps: list[Step] = []
+
+    def init_kv(self, kv_init: KvInit) -> KvPlan:
+        assert kv_init == KvInit(0, None, [])
+        return self.PLAN
+
+    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+        self.steps.append(step)
+        for alias in step.finished:
+            del self.tables[alias]
+        for new in step.new:
+            assert new.alias not in self.tables
+            self.tables[new.alias] = [list(ids) for ids in new.blocks]
+        for each in step.continued:
+            for table, ids in zip(self.tables[each.alias], each.blocks or [[], []], strict=True):
+                table += ids
+        self._check_blocks()
+        first = {each.alias: each.num_computed for each in (*step.new, *step.continued)}
+        order, rows = take()
+        assert order == [alias for alias, _ in step.scheduled]
+        self._backend.during_step()
+        sums, taken = [], 0
+        for alias, count in step.scheduled:
+            for position in range(first[alias], first[alias] + count):
+                sums.append(self._result(alias, position, rows.hidden[taken]))
+                taken += 1
+        result = torch.stack(sums)
+        return Activations(result, torch.zeros_like(result))
+
+    def _result(self, alias: int, position: int, row: torch.Tensor) -> torch.Tensor:
+        """Write a row into both groups' blocks, and compute with what is there."""
+        seen = []
+        for table, size in zip(self.tables[alias], self.PLAN.block_tokens, strict=True):
+            self.kv[table[position // size], position % size] = row
+            so_far = [self.kv[table[i // size], i % size] for i in range(position + 1)]
+            seen.append(torch.stack(so_far))
+        assert torch.equal(*seen)
+        return self.last_row(seen[0])
+
+    def last_row(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the layers make of the last of a request's rows."""
+        return rows.sum(0)
+
+    def _check_blocks(self) -> None:
+        used = [block for tables in self.tables.values() for table in tables for block in table]
+        assert len(used) == len(set(used)), "a block that two sessions have"
+        assert 0 < min(used) <= max(used) < self.PLAN.num_blocks
 
 
 class MeasuredLease(AddingLease):
