@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,8 +29,8 @@ from mcp_vllm.session.manifest import Manifest, SessionKey
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 10.0
-# Sessions looked through before the event loop has its turn again.
-SWEEP_SLICE = 50
+# How long sessions are looked through before the event loop has its turn again.
+TURN_S = 0.002
 # How often a copy under way looks whether its peer is still there.
 ALIVE_S = 0.5
 
@@ -67,7 +68,9 @@ class Replicator:
     # ---- what is to be done -----------------------------------------------------------------
 
     def _changed(self, key: SessionKey, manifest: Manifest | None) -> None:
-        if manifest is None or self._is_ours(manifest):
+        if manifest is None:
+            self._queue(key)  # a name only, and nothing would make up for it
+        elif self._is_ours(manifest):
             self._add(key)
 
     def _is_ours(self, manifest: Manifest) -> bool:
@@ -79,6 +82,9 @@ class Replicator:
         if key not in self._due and len(self._due) >= self._config.queue:
             self._context.metrics.replications.labels("dropped").inc()
             return
+        self._queue(key)
+
+    def _queue(self, key: SessionKey) -> None:
         self._due[key] = None
         self._note_queue()
         self._work.set()
@@ -98,9 +104,11 @@ class Replicator:
         """Sessions that have too few copies wait to be copied again, as far as there is room."""
         short = 0
         keys = [manifest.key for manifest in self._context.sessions]
-        for index, key in enumerate(keys):
-            if index % SWEEP_SLICE == 0:
+        turn_ends_s = 0.0
+        for key in keys:
+            if time.monotonic() > turn_ends_s:
                 await asyncio.sleep(0)
+                turn_ends_s = time.monotonic() + TURN_S
             manifest = self._context.sessions.get(key)
             if manifest is None or not self._is_ours(manifest):
                 continue
@@ -158,7 +166,8 @@ class Replicator:
             await asyncio.gather(pull, return_exceptions=True)
 
     async def _take_back(self, key: SessionKey) -> None:
-        for peer, _ in self._peers.holders_of(key):
+        # Whoever it was copied to just now may not have announced it yet.
+        for peer in [each for each in self._peers if not each.is_down]:
             try:
                 await peer.release(key, self._context.agent_id)
             except PeerFailure as failure:

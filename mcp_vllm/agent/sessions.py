@@ -46,6 +46,7 @@ class Sessions:
         kept: KeptSessions | None,
     ) -> None:
         self._context = context
+        self._encoder = encoder
         self._files = SessionFiles(context, encoder)
         self._peers = peers
         self._parking = parking
@@ -107,25 +108,30 @@ class Sessions:
 
     def delete(self, key: SessionKey) -> None:
         """Forget the session and the chunks that no other session has."""
-        self._release(self.get(key))
+        manifest = self.get(key)
+        self._context.sessions.remove(key)
+        self._forgotten(manifest, everywhere=True)
 
     def _release(self, manifest: Manifest) -> None:
+        """Forget a session that goes on elsewhere."""
         self._context.sessions.remove(manifest.key)
         self._forgotten(manifest)
 
-    def _forgotten(self, manifest: Manifest) -> None:
-        """The session is not in the registry any more: nor is anything of it anywhere here."""
+    def _forgotten(self, manifest: Manifest, *, everywhere: bool = False) -> None:
+        """The session is not in the registry any more: nor is anything of it anywhere here, or, if
+        it has ended, in the shared store."""
         if self._parking is not None:
             self._parking.remove(manifest.key)
         self._context.pins.unpin(manifest.key)
-        self._drop_unused(manifest)
+        self._drop_unused(manifest, everywhere=everywhere)
 
-    def _drop_unused(self, manifest: Manifest) -> None:
+    def _drop_unused(self, manifest: Manifest, *, everywhere: bool = False) -> None:
         tenant, context = manifest.key.tenant, self._context
         if tenant in context.config.tenants.shared:
             return  # sessions of other tenants may rely on them: they leave by eviction only
+        discard = context.tiers.discard if everywhere else context.tiers.discard_here
         for key in context.sessions.unused(manifest):
-            context.tiers.discard(ChunkKey(manifest.namespace, key, tenant))
+            discard(ChunkKey(manifest.namespace, key, tenant))
 
     @property
     def files(self) -> SessionFiles:
@@ -201,6 +207,7 @@ class Sessions:
 
     async def _pull(self, key: SessionKey, peer: Peer, asked: wire.SessionPull) -> Transfer:
         async with self._lock(key):
+            was_here = self._context.sessions.get(key) is not None
             try:
                 manifest, sizes = await peer.manifest(key)
                 if asked.replica:
@@ -214,7 +221,13 @@ class Sessions:
             home = asked.agent_id if asked.replica else ""
             self._context.appear(msgspec.structs.replace(manifest, parked=False, replica_of=home))
             if asked.releases:
-                await self._secure(self.get(key))
+                try:
+                    await self._secure(self.get(key))
+                except SessionError:
+                    if not was_here:  # the peer keeps it: this is a copy
+                        copied = msgspec.structs.replace(self.get(key), replica_of=asked.agent_id)
+                        self._context.sessions.put(copied)
+                    raise
             return report
 
     async def _secure(self, manifest: Manifest) -> None:
@@ -223,7 +236,11 @@ class Sessions:
         if self._parking is not None:
             await self._write_parked(manifest.key)
         elif self._kept is not None:
-            on_disk = await self._context.tiers.persist(list(self._context.held(manifest)))
+            names = list(self._context.held(manifest))
+            for name in names:
+                if (chunk := self._context.store.get(name)) is not None:
+                    await self._encoder.frame(name, chunk)
+            on_disk = await self._context.tiers.persist(names)
             if not (on_disk and await self._kept.flush()):
                 raise SessionError(
                     507, "the session does not fit on the disk: it is in memory only"

@@ -65,6 +65,8 @@ def decode_manifest(body: bytes) -> Manifest:
         raise ArchiveError(f"manifest of version {manifest.version}, not {FORMAT_VERSION}")
     if any(not 4 < len(key) <= MAX_KEY_BYTES for chain in manifest.chains for key in chain):
         raise ArchiveError("malformed manifest: a key of impossible length")
+    if any(len(set(chain)) != len(chain) for chain in manifest.chains):
+        raise ArchiveError("malformed manifest: a chain that has a key twice")
     if manifest.loss not in LOSSES or manifest.num_tokens < 0 or manifest.turns < 0:
         raise ArchiveError("malformed manifest: a value outside its range")
     return manifest

@@ -90,7 +90,8 @@ class Tiers:
         for tier in (self._disk, self._shared):
             if chunk is None and tier is not None:
                 chunk = await tier.get(name)
-                if chunk is not None:
+                # Not what was discarded while it was read.
+                if chunk is not None and tier.find(name) is not None:
                     self._ram.offer(name, chunk)
         return chunk
 
@@ -106,7 +107,8 @@ class Tiers:
                     self._keep_below(name, chunk)
             await self._disk.flush()
             before = len(missing)
-            missing = [name for name in missing if not self._disk.has_written(name)]
+            # All of them: the disk's policy may have let one go for another.
+            missing = [name for name in names if not self._disk.has_written(name)]
         return not missing
 
     def touch(
@@ -130,11 +132,15 @@ class Tiers:
 
     def discard(self, name: ChunkKey) -> None:
         """Forget the chunk in every tier."""
+        self.discard_here(name)
+        if self._shared is not None:
+            self._shared.discard(name)
+
+    def discard_here(self, name: ChunkKey) -> None:
+        """Forget the chunk in memory and on disk; others may need it in the shared store."""
         self._ram.discard(name)
         if self._disk is not None:
             self._disk.discard(name)
-        if self._shared is not None:
-            self._shared.discard(name)
 
     def _keep_below(self, name: ChunkKey, chunk: Chunk) -> None:
         assert chunk.frame is not None

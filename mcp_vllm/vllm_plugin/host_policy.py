@@ -149,7 +149,7 @@ class SmartCachePolicy(CachePolicy):
         if not n:
             return []
         self._tell_fresh()
-        room = n + self.cache_capacity - len(self._chunks)
+        room = n + self.cache_capacity - len(self._cache)
         victims = self._cache.evict(room, room, protected=self._guarded(protected))
         if victims is None:
             return None

@@ -129,9 +129,11 @@ class SharedTier:
     async def locate(self, names: Iterable[ChunkKey], deadline_s: float) -> None:
         """Ask which of these are there; `find` answers for them then."""
         asked = [name for name in names if self.find(name) is None][:MAX_LOOKUP]
-        if not asked or not self.is_up:
+        if not asked or not self.is_up or deadline_s <= 0:
             return
-        heads = await self._within(deadline_s, self._heads(asked))
+        # Where others used up the time, being late is not the server's fault.
+        is_fair = deadline_s >= self._limits.answer_s / 4
+        heads = await self._within(deadline_s, self._heads(asked), is_fair=is_fair)
         for name, head in zip(asked, heads or (), strict=False):
             entry = read_head(name, head) if isinstance(head, bytes) else None
             if entry is not None and self._is_acceptable(entry):
@@ -279,13 +281,17 @@ class SharedTier:
 
     # ---- the server -------------------------------------------------------------------------
 
-    async def _within(self, limit_s: float, command: Awaitable[_T]) -> _T | None:
-        """The command's result; None where the server did not give one in time: it is down then."""
+    async def _within(
+        self, limit_s: float, command: Awaitable[_T], *, is_fair: bool = True
+    ) -> _T | None:
+        """The command's result; None where the server did not give one in time: it is down then,
+        if the time was fair."""
         try:
             async with asyncio.timeout(limit_s):
                 return await command
         except self._faults as error:
-            self._lost(error)
+            if is_fair or not isinstance(error, TimeoutError):
+                self._lost(error)
             return None
 
     def _lost(self, error: Exception) -> None:

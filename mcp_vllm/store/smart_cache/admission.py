@@ -54,7 +54,7 @@ def admit_chain(
             fresh[i] = True
         parent = slot
     num_victims = make_tenant_room(state, tenant, 0, victims)
-    return num_victims + make_room(state, 0, 0, victims[:, num_victims:])
+    return num_victims + max(0, make_room(state, 0, 0, victims[:, num_victims:]))
 
 
 @step

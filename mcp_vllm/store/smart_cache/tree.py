@@ -51,10 +51,19 @@ def release(state: State, slot: int) -> None:
 
 @step
 def set_parent(state: State, slot: int, parent: int) -> None:
-    """Note the held parent of a held block; no effect when it has one or the parent is not held."""
+    """Note the held parent of a held block; no effect when it has one or the parent is not held.
+
+    Chains from elsewhere may contradict each other: a block that would be above itself, and so
+    never leave, gets no parent.
+    """
     record = state.records[slot]
     if record.parent >= 0 or parent < 0 or not state.records[parent].flags & HELD:
         return
+    above = parent if record.children or parent == slot else -1
+    while above >= 0:
+        if above == slot:
+            return
+        above = state.records[above].parent
     record.parent = parent
     state.records[parent].children += 1
     _stop_being_leaf(state, parent)

@@ -1,11 +1,19 @@
 """Session archives: what goes in comes out, in pieces of any size; damage never passes."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_vllm.codec.loss import EXACT, LOSSY_TIERS
-from mcp_vllm.session.archive import ArchivedFrame, ArchiveError, ArchiveReader, ArchiveWriter
+from mcp_vllm.session.archive import (
+    ArchivedFrame,
+    ArchiveError,
+    ArchiveReader,
+    ArchiveWriter,
+    decode_manifest,
+    encode_manifest,
+)
 from mcp_vllm.session.manifest import Manifest, SessionKey
 
 keys = st.binary(min_size=5, max_size=40)
@@ -14,7 +22,7 @@ manifests = st.builds(
     Manifest,
     key=st.builds(SessionKey, names, names),
     namespace=st.binary(min_size=16, max_size=16),
-    chains=st.lists(st.lists(keys, max_size=4), max_size=3),
+    chains=st.lists(st.lists(keys, max_size=4, unique=True), max_size=3),
     num_tokens=st.integers(0, 1 << 40),
     turns=st.integers(0, 1000),
     created_s=st.floats(0, 2e9),
@@ -89,3 +97,9 @@ def test_claims_are_bounded_before_anything_is_collected():
     huge = b"MCPS\x01" + (1 << 31).to_bytes(4, "little")
     with pytest.raises(ArchiveError, match="claims a manifest"):
         read([huge])
+
+
+def test_a_chain_that_has_a_key_twice_is_malformed():
+    twice = msgspec.structs.replace(MANIFEST, chains=[[b"12345", b"23456", b"12345"]])
+    with pytest.raises(ArchiveError, match="twice"):
+        decode_manifest(encode_manifest(twice))

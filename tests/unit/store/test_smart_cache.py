@@ -349,3 +349,14 @@ def test_blocks_that_no_request_asked_for_first_do_not_outgrow_the_ghosts(way):
             made.insert(number, 1)
         assert made.num_ghosts <= 8
         made.check_integrity()
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), max_size=20))
+def test_blocks_whose_chains_contradict_each_other_can_leave_all_the_same(chains):
+    made = cache(10_000)
+    for chain in chains:
+        made.access(chain)
+        made.offer(chain, [100] * len(chain))
+    assert made.evict(10_000, 64) is not None
+    assert len(made) == 0
+    made.check_integrity()
