@@ -33,6 +33,11 @@ ENTRY_BYTES = 18
 Holders = dict[bytes, list[Peer]]
 
 
+# What may wait to be read from a connection, at most twice that: with aiohttp's 64 KiB reading
+# stops and starts several times a frame.
+READ_BYTES = 1 << 20
+
+
 class Peers:
     """The peers of one agent. Owned by its event loop."""
 
@@ -40,7 +45,10 @@ class Peers:
         # No limit of all together: every peer's directory holds a connection.
         connector = aiohttp.TCPConnector(limit=0, limit_per_host=32, keepalive_timeout=60)
         self._http = aiohttp.ClientSession(
-            connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=READ_BYTES,
         )
         self._context = context
         self._security = security
