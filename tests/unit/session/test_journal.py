@@ -19,7 +19,7 @@ def manifest(number: int, turns: int = 1, chunks: int = 3) -> Manifest:
     return Manifest(
         key=SessionKey("tenant", f"session {number}"),
         namespace=b"n" * 32,
-        chains=[[bytes([turns % 256]) * 36] * chunks],
+        chains=[[bytes([turns % 256, chunk]) * 18 for chunk in range(chunks)]],
         num_tokens=turns,
         turns=turns,
         created_s=1.0,
