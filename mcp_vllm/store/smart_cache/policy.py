@@ -31,7 +31,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 # A ghost costs about 80 bytes. A small cache needs many for its size: it learns nothing from what
 # it forgot before it came back.
-MIN_GHOSTS = 23_000
+MIN_GHOSTS = 3 << 13
 MAX_TENANTS = 4096
 _NO_TIME = float("inf")
 
