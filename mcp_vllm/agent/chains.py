@@ -25,21 +25,20 @@ class SavedPrefill:
 
     Args:
         costs: by namespace, as engines measured them.
+        groups: by namespace, what engines said their chunks are.
     """
 
-    def __init__(self, costs: Mapping[bytes, PrefillCost]) -> None:
+    def __init__(
+        self,
+        costs: Mapping[bytes, PrefillCost],
+        groups: Mapping[bytes, Sequence[GroupLayout]],
+    ) -> None:
         self._costs = costs
-        self._tokens: dict[bytes, list[int]] = {}
-
-    def learn(self, namespace: bytes, groups: Sequence[GroupLayout]) -> None:
-        """An engine has said what its chunks are."""
-        self._tokens[namespace] = [group.tokens for group in groups]
-
-    def forget(self, namespace: bytes) -> None:
-        self._tokens.pop(namespace, None)
+        self._groups = groups
 
     def ms_of(self, name: ChunkKey) -> float:
-        tokens = dict(enumerate(self._tokens.get(name.namespace, ())))
+        groups, number = self._groups.get(name.namespace, ()), group_index(name.key)
+        tokens = groups[number].tokens if number < len(groups) else 0
         cost = self._costs.get(name.namespace, ASSUMED_PREFILL)
         rate = (cost if cost.is_sound else ASSUMED_PREFILL).tokens_s
-        return 1000 * (tokens.get(group_index(name.key)) or ASSUMED_TOKENS) / rate
+        return 1000 * (tokens or ASSUMED_TOKENS) / rate

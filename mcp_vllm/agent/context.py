@@ -73,13 +73,15 @@ class AgentContext:
         tenants = config.tenants
         # What computing costs this host's engines, by namespace, as they measured it.
         self.prefills: dict[bytes, PrefillCost] = {}
-        self.saved_prefill = SavedPrefill(self.prefills)
-        disk = open_disk(config.agent.disk, tenants, self.saved_prefill.ms_of)
+        # What a chunk is, by namespace and then by group.
+        self.groups: dict[bytes, Sequence[GroupLayout]] = {}
+        saved_prefill = SavedPrefill(self.prefills, self.groups)
+        disk = open_disk(config.agent.disk, tenants, saved_prefill.ms_of)
         policy = ChunkPolicy(
             config.agent.ram_bytes,
             quota_of=tenants.ram_bytes_of,
             named=[quota.tenant for quota in tenants.quotas],
-            saved_ms_of=self.saved_prefill.ms_of,
+            saved_ms_of=saved_prefill.ms_of,
             file=policy_file(config.agent.disk, "memory") if disk is not None else None,
         )
         self.store = RamStore(config.agent.ram_bytes, policy)
@@ -92,8 +94,6 @@ class AgentContext:
         self.flights = Flights()
         self.pins = SessionPins(self.store, self.names_of)
         self.fingerprints: dict[bytes, Fingerprint] = {}
-        # What a chunk is, by namespace and then by group.
-        self.groups: dict[bytes, Sequence[GroupLayout]] = {}
         self.store_record = LoadRecord()
         self.disk_record = LoadRecord()
         self.shared_record = LoadRecord()
@@ -173,7 +173,6 @@ class AgentContext:
     def learn_engine(self, fingerprint: Fingerprint, groups: Sequence[GroupLayout]) -> bytes:
         """Remember an engine's fingerprint as the latest; returns its namespace."""
         self.codecs.learn_engine(fingerprint.digest, fingerprint, groups)
-        self.saved_prefill.learn(fingerprint.digest, groups)
         self.fingerprints.pop(fingerprint.digest, None)
         self.fingerprints[fingerprint.digest] = fingerprint
         self.groups[fingerprint.digest] = groups
@@ -183,7 +182,6 @@ class AgentContext:
             self.groups.pop(oldest, None)
             self.codecs.forget_engine(oldest)
             self.prefills.pop(oldest, None)
-            self.saved_prefill.forget(oldest)
         return fingerprint.digest
 
     def close(self) -> None:

@@ -167,7 +167,7 @@ class Channel:
             if count == 0:
                 raise StageLost("the connection was closed")
             if until is not None and now > until:
-                raise StageTimeout(f"no answer within {patience.total_s:g} s", "slow")
+                raise StageTimeout(f"no answer within {patience.total_s:g} s")
             if count is not None:
                 view, last_byte = view[count:], now
             elif patience.silence_s is not None and now - last_byte >= patience.silence_s:

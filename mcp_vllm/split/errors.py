@@ -29,6 +29,9 @@ class StageLost(SplitError):
 class StageTimeout(StageLost):
     """The stage is alive and has not finished in time."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "slow")
+
 
 class StageResourceError(SplitError):
     """The stage has no lease, memory or KV blocks for this; smaller or fewer sessions may fit."""
