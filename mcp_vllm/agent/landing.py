@@ -30,12 +30,17 @@ class LandingSlots:
         self._used: set[int] = set()
         self._available = asyncio.Semaphore(self.num_slots)
 
-    async def acquire(self) -> int:
-        """A free slot; waits for one."""
-        await self._available.acquire()
-        slot = self._free.popleft()
-        self._used.add(slot)
-        return slot
+    async def acquire(self, count: int = 1) -> list[int]:
+        """Free slots, as many as there are up to `count`; waits for the first.
+
+        Waiting for all of them, two loads could each hold what the other waits for.
+        """
+        slots: list[int] = []
+        while len(slots) < count and not (slots and self._available.locked()):
+            await self._available.acquire()
+            slots.append(self._free.popleft())
+            self._used.add(slots[-1])
+        return slots
 
     def release(self, slots: list[int]) -> None:
         """Give slots back. Raises ValueError for one that is not out."""

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from mcp_vllm.agent import wire
 from mcp_vllm.agent.chains import by_group
 from mcp_vllm.agent.codecs import EngineCodecs
 from mcp_vllm.agent.context import AgentContext
+from mcp_vllm.agent.lander import Arrival, Lander
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.agent.load_watch import LoadWatch
 from mcp_vllm.agent.nearest import next_errand
@@ -145,14 +147,17 @@ class LoadJob:
         names = {index: self._held_name(index) for index in self._in_order()}
         for chain in by_group(filter(None, names.values())):
             self.context.tiers.touch(chain)
-        room = asyncio.Semaphore(self._frames_at_once)
         async with asyncio.TaskGroup() as tasks:
+            lander = self._lander(tasks)
             for index, name in names.items():
-                chunk = self.context.store.get(name) if name is not None else None
-                if name is not None and chunk is not None:
-                    tasks.create_task(self._land_stored(index, name, chunk, "store"))
-                elif name is not None:
-                    tasks.create_task(self._land_from_below(index, name, room))
+                if name is None:
+                    continue
+                await lander.room()
+                chunk = self.context.store.get(name)
+                if chunk is not None:
+                    lander.put(self._stored(index, name, chunk, "store"))
+                else:
+                    tasks.create_task(self._from_below(index, name, lander))
 
     async def _from_peers(self) -> None:
         tried: set[Peer] = set()
@@ -184,10 +189,10 @@ class LoadJob:
         await self._from_store()
 
     async def _fetch(self, peer: Peer, wanted: Sequence[int]) -> None:
-        # Decoding keeps up with the stream or slows it down: never more frames than this at once.
-        room = asyncio.Semaphore(self._frames_at_once)
         outcome = _Outcome()
         async with asyncio.TaskGroup() as tasks:
+            # Decoding keeps up with the stream or slows it down.
+            lander = self._lander(tasks)
             try:
                 while wanted:
                     codec, count = self._next_request(peer, wanted)
@@ -195,12 +200,11 @@ class LoadJob:
                     lacking = set(asked)
                     async with contextlib.aclosing(self._frames(peer, asked, codec)) as frames:
                         async for fetched in frames:
-                            lacking.discard(asked[fetched.index])
-                            await room.acquire()
-                            landing = self._land_fetched(
-                                peer, asked[fetched.index], fetched, outcome
-                            )
-                            tasks.create_task(landing).add_done_callback(lambda _: room.release())
+                            index = asked[fetched.index]
+                            lacking.discard(index)
+                            self._wire_bytes += len(fetched.frame)
+                            await lander.room()
+                            self._put_fetched(peer, index, fetched, lander, outcome)
                     lacked = [self.keys[index] for index in lacking]
                     peer.note_lacking(self.namespace, lacked, self.reader)
             except PeerFailure as failure:
@@ -238,82 +242,78 @@ class LoadJob:
         )
         return peer.fetch(self.namespace, keys, bounds, wanted)
 
-    async def _land_fetched(
-        self, peer: Peer, index: int, fetched: FetchedFrame, outcome: _Outcome
+    def _put_fetched(
+        self, peer: Peer, index: int, fetched: FetchedFrame, lander: Lander, outcome: _Outcome
     ) -> None:
-        group = self._group(index)
-        frame = fetched.frame
+        """Land a peer's frame that is what it should be."""
+        group, frame = self._group(index), fetched.frame
         name = ChunkKey(self.namespace, self.keys[index], fetched.tenant)
-        self._wire_bytes += len(frame)
+
+        def damaged(error: CodecError) -> None:
+            outcome.damage = outcome.damage or error
+
         try:
             lossy = self.reader.lossy
             header, loss = check_received(frame, fetched.loss, group.raw_bytes, lossy)
             check_sealed(self.context, name, frame)
-            await self._land(index, lambda out: self._decode(frame, out, name), loss)
         except CodecError as error:
-            outcome.damage = outcome.damage or error
+            lander.give_back()
+            damaged(error)
             return
-        peer.plan.learn_ratio(header.codec_name, group.raw_bytes / len(frame))
-        outcome.num_landed += 1
-        self._sources[peer.name] = None
-        self.context.metrics.loaded_chunks.labels("peer").inc()
-        chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame, loss=loss)
-        self.context.store.put(name, chunk)
 
-    async def _land_from_below(self, index: int, name: ChunkKey, room: asyncio.Semaphore) -> None:
-        async with room:
-            tier = "disk" if name in self.context.tiers else "shared"
-            chunk = await self.context.tiers.get(name)
-            if chunk is not None:
-                await self._land_stored(index, name, chunk, tier)
+        def landed() -> None:
+            self._landed(index, loss)
+            peer.plan.learn_ratio(header.codec_name, group.raw_bytes / len(frame))
+            outcome.num_landed += 1
+            self._sources[peer.name] = None
+            self.context.metrics.loaded_chunks.labels("peer").inc()
+            chunk = Chunk(group.codec_layout, group.raw_bytes, frame=frame, loss=loss)
+            self.context.store.put(name, chunk)
 
-    async def _land_stored(self, index: int, name: ChunkKey, chunk: Chunk, tier: str) -> None:
-        try:
-            await self._land(index, lambda out: self._restore(chunk, out, name), chunk.loss)
-        except CodecError as error:
+        fill = partial(self._decode, frame, name=name)
+        lander.put(Arrival(index, group.raw_bytes, fill, landed, damaged))
+
+    async def _from_below(self, index: int, name: ChunkKey, lander: Lander) -> None:
+        tier = "disk" if name in self.context.tiers else "shared"
+        chunk = await self.context.tiers.get(name)
+        if chunk is None:
+            lander.give_back()
+        else:
+            lander.put(self._stored(index, name, chunk, tier))
+
+    def _stored(self, index: int, name: ChunkKey, chunk: Chunk, tier: str) -> Arrival:
+        def landed() -> None:
+            self._landed(index, chunk.loss)
+            self._sources[LOCAL] = None
+            self.context.metrics.loaded_chunks.labels(tier).inc()
+
+        def damaged(error: CodecError) -> None:
             self._causes["checksum"] = None
             logger.warning("a stored chunk is damaged and was dropped: %s", error)
             self.context.tiers.discard(name)
-            return
-        self._sources[LOCAL] = None
-        self.context.metrics.loaded_chunks.labels(tier).inc()
 
-    async def _land(self, index: int, fill: Callable[[memoryview], None], loss: str) -> None:
-        """Fill a slot and hand it to the engine. Raises CodecError; the slot is free again then."""
-        size = self._group(index).raw_bytes
-        slot = await self.slots.acquire()
-        work = asyncio.ensure_future(self.context.in_pool(fill, self.slots.buffer(slot, size)))
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            # A pool thread may still be writing into the slot: it is free when that has ended.
-            work.add_done_callback(lambda done: self._release_after(done, slot))
-            raise
-        except Exception:
-            self.slots.release([slot])
-            raise
+        fill = partial(self._restore, chunk, name=name)
+        return Arrival(index, self._group(index).raw_bytes, fill, landed, damaged)
+
+    def _lander(self, tasks: asyncio.TaskGroup) -> Lander:
+        async def announce(filled: Sequence[tuple[int, int]]) -> None:
+            await self.send(Landed(self.job_id, list(filled)))
+
+        return Lander(self.context, self.slots, tasks, announce)
+
+    def _landed(self, index: int, loss: str) -> None:
+        """The engine has been told of it."""
         if loss != EXACT:
             self.losses[index] = loss
-        await self.send(Landed(self.job_id, [(index, slot)]))
         self._missing.discard(index)
-        self._raw_bytes += size
+        self._raw_bytes += self._group(index).raw_bytes
         if self.watch is not None:
             self.watch.landed(index)
-
-    def _release_after(self, done: asyncio.Future[None], slot: int) -> None:
-        if not done.cancelled():
-            done.exception()
-        self.slots.release([slot])
 
     def _report(self) -> None:
         cause = next(iter(self._causes), "gone")
         if self._missing:
             self.context.metrics.failed_chunks.labels(cause).inc(len(self._missing))
-
-    @property
-    def _frames_at_once(self) -> int:
-        """Frames that a load holds, from peers or from disk, until they are decoded."""
-        return 2 * self.context.codec_threads + 2
 
     @property
     def _coding(self) -> EngineCodecs:

@@ -77,12 +77,13 @@ class PeerHttp:
 
         `meter` is told of each part as it comes, and of the wait for one that does not.
         """
-        received = bytearray()
-        while len(received) < size:
+        parts: list[bytes] = []
+        left = size
+        while left:
             begun_s = time.perf_counter()
             try:
                 async with asyncio.timeout(self._stall_s):
-                    part = await response.content.read(size - len(received))
+                    part = await response.content.read(left)
             except (asyncio.CancelledError, TimeoutError):
                 if meter is not None:
                     meter.note_silence(time.perf_counter() - begun_s)
@@ -91,8 +92,9 @@ class PeerHttp:
                 meter.note_payload(len(part), time.perf_counter() - begun_s)
             if not part:
                 raise WireError("closed", "the stream was cut off")
-            received += part
-        return bytes(received)
+            parts.append(part)
+            left -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def end_of(self, response: aiohttp.ClientResponse) -> None:
         """Read the end of the body, so that the connection can be used again."""
