@@ -36,8 +36,9 @@ from mcp_vllm.link.prefill import PrefillCost
 from mcp_vllm.session.manifest import Manifest, SessionKey
 from mcp_vllm.store.ram import ChunkKey
 
-# After a message the next changes are collected for so long.
-BATCH_S = 0.01
+# After a message the next changes are collected for so long: that is once in a load, not for each
+# chunk, on either side.
+BATCH_S = 0.03
 LOG_BYTES = 1 << 20
 # Of fingerprints in one message, names and UTF-8 on top: well below the bound of a message.
 ABOUT_CHARS = 128 << 10

@@ -1,7 +1,8 @@
 """Tells one engine what it can be given of its namespace: all of it at first, then every change.
 
-Changes are collected until the event loop comes round, so that a commit of many chunks is one
-message. Owned by the agent's event loop.
+Changes are collected for a moment, so that a commit of many chunks is one message, and a load
+does not wake its engine with every chunk that it has brought there itself. Owned by the agent's
+event loop.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from mcp_vllm.store.tiers import Tiers
 
 # Keys in one message, well below the bound of a message.
 SLICE_KEYS = 20_000
+# An engine asks for what it was not told of yet.
+BATCH_S = 0.01
 
 
 class InventoryFeed:
@@ -67,7 +70,7 @@ class InventoryFeed:
 
     def _note(self, name: ChunkKey, present: bool) -> None:
         if not self._changes:
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_later(BATCH_S, self._flush)
         self._changes[name] = present
 
     def _flush(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-from collections import deque
 
 from mcp_vllm.link.shared_memory import create_memory, map_rows
 
@@ -26,7 +25,8 @@ class LandingSlots:
         self.num_slots = max(MIN_SLOTS, budget_bytes // self.slot_bytes)
         self.fd = create_memory("mcp-landing", self.num_slots * self.slot_bytes)
         self._mapped = map_rows(self.fd, self.num_slots, self.slot_bytes, writable=True)
-        self._free = deque(range(self.num_slots))
+        # The last one used is the next: its memory is in the cache, and may be all that is touched.
+        self._free = list(range(self.num_slots))[::-1]
         self._used: set[int] = set()
         self._available = asyncio.Semaphore(self.num_slots)
 
@@ -38,7 +38,7 @@ class LandingSlots:
         slots: list[int] = []
         while len(slots) < count and not (slots and self._available.locked()):
             await self._available.acquire()
-            slots.append(self._free.popleft())
+            slots.append(self._free.pop())
             self._used.add(slots[-1])
         return slots
 

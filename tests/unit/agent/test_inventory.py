@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 
-from mcp_vllm.agent.inventory import SLICE_KEYS, InventoryFeed
+from mcp_vllm.agent.inventory import BATCH_S, SLICE_KEYS, InventoryFeed
 from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.link.protocol import Inventory
 from mcp_vllm.store.ram import Chunk, ChunkKey, RamStore
@@ -27,11 +27,13 @@ class Mirror:
     def __init__(self) -> None:
         self.keys: set[bytes] = set()
         self.messages = 0
+        self.told = asyncio.Event()
 
     def take(self, inventory: Inventory) -> None:
         self.messages += 1
         self.keys |= set(inventory.added)
         self.keys -= set(inventory.removed)
+        self.told.set()
 
 
 async def test_the_mirror_follows_commits_evictions_and_discards() -> None:
@@ -45,13 +47,15 @@ async def test_the_mirror_follows_commits_evictions_and_discards() -> None:
         store.put(name(number), chunk())
     store.discard(name(39))
     before = mirror.messages
-    await asyncio.sleep(0)
+    mirror.told.clear()
+    await asyncio.wait_for(mirror.told.wait(), 5)
     assert mirror.messages == before + 1
     assert mirror.keys == {held.key for held in store if held.namespace == NAMESPACE}
-    feed.stop()
     store.discard(name(38))
-    await asyncio.sleep(0)
-    assert name(38).key in mirror.keys
+    feed.stop()
+    store.discard(name(37))
+    await asyncio.sleep(2 * BATCH_S)
+    assert {name(37).key, name(38).key} < mirror.keys
 
 
 async def test_a_large_store_is_told_in_slices() -> None:
