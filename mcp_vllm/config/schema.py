@@ -391,6 +391,10 @@ class Config(Section):
     """What leaves the host cache first: what promises least (`smart`: SmartCache), or what was used
     longest ago (`lru`: vLLM's own)."""
 
+    short_polls: bool = True
+    """Where vLLM computes on the CPU, let its processes sleep a millisecond after a message. They
+    would poll for the next one for a second, on cores that compute."""
+
     peers: Annotated[tuple[PeerAddress, ...], AfterValidator(unique)] = Field(
         default=(), max_length=256
     )

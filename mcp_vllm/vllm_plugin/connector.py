@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from mcp_vllm.config import Config
@@ -31,6 +32,7 @@ from mcp_vllm.vllm_plugin.host_policy import SmartCachePolicy
 from mcp_vllm.vllm_plugin.layout import group_layouts
 from mcp_vllm.vllm_plugin.prefill_steps import PrefillSteps
 from mcp_vllm.vllm_plugin.session import session_of
+from mcp_vllm.vllm_plugin.short_polls import shorten_polls
 from mcp_vllm.vllm_plugin.tier import ContextTier
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class MCPConnector(OffloadingConnector):
     ) -> None:
         config = settings.complete(vllm_config.kv_transfer_config)
         super().__init__(vllm_config, role, kv_cache_config)
+        if config.short_polls and current_platform.is_cpu():
+            shorten_polls()
         self._supervisor: AgentSupervisor | None = None
         self._imported_tokens: dict[str, int] = {}
         self._prefill = PrefillMeter(vllm_config.scheduler_config.max_num_batched_tokens)

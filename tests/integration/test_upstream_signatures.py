@@ -14,6 +14,7 @@ from pathlib import Path
 RECORD = Path(__file__).with_name("upstream_signatures.json")
 
 RELIED_ON = {
+    "vllm.distributed.device_communicators.shm_broadcast:SpinCondition": ["__init__", "wait"],
     "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory": [
         "register_connector",
     ],
