@@ -81,8 +81,8 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(
         ({"agnt": {"listen": 1}}, '"agnt" (did you mean "agent"?)'),
         (
             {"xyzzy": 1},
-            '"xyzzy" (known: version, host_cache_bytes, host_cache_policy, peers, insecure, '
-            "discovery, replication, agent, codec, tenants, security)",
+            '"xyzzy" (known: version, host_cache_bytes, host_cache_policy, short_polls, peers, '
+            "insecure, discovery, replication, agent, codec, tenants, security)",
         ),
         ({1: 1}, '"1" (known: '),
     ],
