@@ -124,11 +124,9 @@ class ChunkPolicy(SmartCache["ChunkKey"]):
         if self._file is None:
             return
         path, max_bytes = self._file
-        content = _SEED.pack(self._seed) + self.save()
         fresh = path.with_suffix(".new")
         try:
-            if len(content) > max_bytes:
-                raise McpError(f"{len(content)} bytes are more than its share of {max_bytes}")
+            content = _SEED.pack(self._seed) + self.save(max_bytes - _SEED.size)
             fresh.write_bytes(content)
             os.replace(fresh, path)
         except (OSError, McpError) as error:

@@ -243,17 +243,24 @@ class DiskStore:
         name = stored.name
         if name in chosen and rank(chosen[name].loss) <= rank(stored.loss):
             return
-        self.discard(name)
+        present = self._records.get(name)
+        worse = chosen.pop(name, None)
         self.policy.remove(name)
-        chosen.pop(name, None)
         admission = self.policy.admit(name, stored.held_bytes)
         for victim in admission.evicted:
             if chosen.pop(victim, None) is None:
                 self._bury(self._records[victim])
         if name in admission.kept:
             chosen[name] = stored
-        else:
-            self._refuse("policy")
+            if present is not None:
+                self._bury(present)
+            return
+        self._refuse("policy")
+        # What has lost more than the refused one is still better than nothing.
+        if worse is not None:
+            chosen[name] = worse
+        if (kept := worse or present) is not None:
+            self.policy.hold(name, kept.held_bytes)
 
     def _append(self, batch: Sequence[StoredFrame], ticks: Sequence[int]) -> list[Record]:
         """Write them into the active segment, or one begun for them; none where that fails."""

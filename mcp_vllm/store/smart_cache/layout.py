@@ -143,6 +143,7 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
     numbers = np.zeros(NUM_NUMBERS, np.int64)
     numbers[[FREE_SLOT, OLDEST_GHOST, NEWEST_GHOST]] = -1
     numbers[MAX_HELD], numbers[MAX_GHOSTS] = max_held, max_ghosts
+    numbers[NUM_REFRESHES] = 1  # no row of rates is of it: zeros take no memory
     numbers[BUDGET_BYTES] = budget_bytes
     tenants = np.zeros((4, max_tenants), np.int64)
     tenants[1] = np.iinfo(np.int64).max
@@ -156,7 +157,7 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
         tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),
         active=np.ones(NUM_TABLES, np.bool_),
         rates=np.zeros((NUM_KINDS, NUM_BINS + 1), np.float32),
-        versions=np.full(NUM_KINDS, -1, np.int64),
+        versions=np.zeros(NUM_KINDS, np.int64),
         tenants=tenants,
         numbers=numbers,
         seconds=np.zeros(NUM_SECONDS),

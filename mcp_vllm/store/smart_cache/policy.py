@@ -8,6 +8,7 @@ drops what it names. Nothing here reads a clock but the one given, and equal cal
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -290,9 +291,13 @@ class SmartCache(Generic[Key]):
         slot = self._slot(key)
         return None if slot < 0 else explanation.of(self._state, slot, float(self._clock()))
 
-    def save(self) -> bytes:
-        """What was learned, and the history of every block, for `restore`."""
-        return saved.dump(self._state, float(self._clock()))
+    def save(self, max_bytes: int = sys.maxsize) -> bytes:
+        """What was learned, and the history of the blocks used last, for `restore`.
+
+        Raises:
+            McpError: `max_bytes` are too few for what was learned.
+        """
+        return saved.dump(self._state, float(self._clock()), max_bytes)
 
     def restore(self, image: bytes) -> None:
         """Take over what another cache learned; call it before anything else.

@@ -15,12 +15,13 @@ import struct
 
 import blake3
 import numpy as np
+from numpy.typing import NDArray
 
 from mcp_vllm.errors import McpError
 from mcp_vllm.store.smart_cache import layout
 from mcp_vllm.store.smart_cache.ages import advance, enter_bin
 from mcp_vllm.store.smart_cache.hazard import refresh
-from mcp_vllm.store.smart_cache.layout import COUNTED, State
+from mcp_vllm.store.smart_cache.layout import COUNTED, State, step
 from mcp_vllm.store.smart_cache.records import find_or_add
 
 VERSION = 2
@@ -39,11 +40,19 @@ _SAVED = np.dtype(
 )
 
 
-def dump(state: State, now_s: float) -> bytes:
-    """The image of a state."""
+def dump(state: State, now_s: float, max_bytes: int) -> bytes:
+    """The image of a state: of its records, those used last, as many as there is room for.
+
+    Raises:
+        McpError: there is not room for what was learned, without any record.
+    """
+    fixed = _HEADER.size + state.hazards[:2].nbytes + state.tables[:2].nbytes + _CHECKSUM_BYTES
+    if fixed > max_bytes:
+        raise McpError(f"{fixed} bytes are more than its share of {max_bytes}")
     advance(state, now_s)
     slots = np.flatnonzero(state.records["flags"] & COUNTED)
     slots = slots[np.argsort(state.records["last_use_s"][slots], kind="stable")]
+    slots = slots[-min(len(slots), (max_bytes - fixed) // _SAVED.itemsize) or len(slots) :]
     saved = np.empty(len(slots), _SAVED)
     for name in ("fingerprint", "uses", "kind", "turn"):
         saved[name] = state.records[name][slots]
@@ -85,24 +94,43 @@ def load(state: State, image: bytes, now_s: float) -> None:
     start += hazards.nbytes
     tables[:] = np.frombuffer(image, "<f8", tables.size, start).reshape(tables.shape)
     saved = np.frombuffer(image, _SAVED, num_records, start + tables.nbytes)
+    saved = saved[-int(state.numbers[layout.MAX_GHOSTS]) :]
     state.seconds[layout.NOW] = now_s
-    for each in saved[-int(state.numbers[layout.MAX_GHOSTS]) :]:
-        _take(state, each, now_s)
+    ages_s = np.fmax(saved["age_s"], 0.0)
+    bins = np.searchsorted(layout.EDGES, ages_s, side="right") - 1
+    _take(
+        state,
+        saved["fingerprint"].astype(np.uint64),
+        now_s - ages_s,
+        saved["uses"].astype(np.uint16),
+        saved["turn"].astype(np.uint8),
+        np.minimum(saved["kind"], layout.NUM_KINDS - 1).astype(np.uint16),
+        np.minimum(bins, layout.NUM_BINS),
+    )
     refresh(state, 1.0)
 
 
-def _take(state: State, each: np.void, now_s: float) -> None:
-    slot = find_or_add(state, each["fingerprint"])
-    record = state.records[slot]
-    if record["flags"] & COUNTED:
-        return
-    for name in ("uses", "turn"):
-        record[name] = each[name]
-    record["kind"] = min(int(each["kind"]), layout.NUM_KINDS - 1)
-    record["last_use_s"] = now_s - max(0.0, float(each["age_s"]))
-    age_s = now_s - record["last_use_s"]
-    bin_ = int(np.searchsorted(layout.EDGES, age_s, side="right")) - 1
-    enter_bin(state, slot, min(bin_, layout.NUM_BINS))
+@step
+def _take(
+    state: State,
+    fingerprints: NDArray[np.uint64],
+    last_uses_s: NDArray[np.float64],
+    uses: NDArray[np.uint16],
+    turns: NDArray[np.uint8],
+    kinds: NDArray[np.uint16],
+    bins: NDArray[np.int64],
+) -> None:
+    """Make a ghost of each, the oldest first."""
+    for each in range(len(fingerprints)):
+        slot = find_or_add(state, fingerprints[each])
+        record = state.records[slot]
+        if record.flags & COUNTED:
+            continue
+        record.last_use_s = last_uses_s[each]
+        record.uses = uses[each]
+        record.turn = turns[each]
+        record.kind = kinds[each]
+        enter_bin(state, slot, bins[each])
 
 
 def _checked(state: State, image: bytes) -> int:

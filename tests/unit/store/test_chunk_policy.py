@@ -72,6 +72,23 @@ def test_what_is_too_large_for_its_share_is_not_written(tmp_path: Path, caplog) 
     assert "is not written" in caplog.text
 
 
+def test_of_a_long_history_the_latest_is_written(tmp_path: Path) -> None:
+    clock, empty = Clock(), tmp_path / "empty"
+    empty.mkdir()
+    policy_of(empty).keep()
+    room = (empty / "memory.policy").stat().st_size + 500
+    first = policy_of(tmp_path, clock, max_bytes=room)
+    for number in range(100):
+        clock.now_s += 1
+        first.access([name_of(number)])
+    first.keep()
+    assert room - 50 < (tmp_path / "memory.policy").stat().st_size <= room
+    second = policy_of(tmp_path, max_bytes=room)
+    known = [number for number in range(100) if second.explain(name_of(number)) is not None]
+    assert known == list(range(100 - len(known), 100))
+    assert len(known) > 10
+
+
 def test_a_chunk_that_nobody_asked_for_grows_old_too() -> None:
     clock = Clock()
     policy = ChunkPolicy(BUDGET, clock=clock)

@@ -18,6 +18,7 @@ from mcp_vllm.codec import ChunkLayout
 from mcp_vllm.store.chunk_policy import ChunkPolicy
 from mcp_vllm.store.disk import DiskError, DiskStore, StoredFrame, Use
 from mcp_vllm.store.disk.segment import Segment
+from mcp_vllm.store.policy import Admission
 from mcp_vllm.store.ram import ChunkKey
 
 BUDGET = 64 << 10
@@ -47,6 +48,32 @@ def test_what_was_written_is_there_with_everything_said_of_it(tmp_path: Path) ->
         assert store.read([record]) == {frame.name: frame.frame}
         store.close()
         store = opened(tmp_path)
+    store.close()
+
+
+class RefusesLarge(ChunkPolicy):
+    def admit(self, name: ChunkKey, size_bytes: int) -> Admission[ChunkKey]:
+        if size_bytes > 1000:
+            return Admission([], [])
+        return super().admit(name, size_bytes)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_lossy_chunk_stays_when_the_exact_one_is_refused(tmp_path: Path, together: bool) -> None:
+    store = DiskStore(tmp_path, BUDGET, segment_bytes=SEGMENT, policy=RefusesLarge)
+    lossy, exact = stored(1, 300, "small"), stored(1, 2000)
+    if together:
+        store.write([lossy, exact])
+    else:
+        store.write([lossy])
+        store.write([exact])
+    assert content(store) == {lossy.name: lossy.frame}
+    assert store.refused == {"policy": 1}
+    store.check_integrity()
+    smaller = stored(1, 500)
+    store.write([smaller])
+    assert content(store) == {smaller.name: smaller.frame}
+    store.check_integrity()
     store.close()
 
 
