@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Frames encoded ahead of the one being sent, so that encoding and sending overlap.
 ENCODE_AHEAD = 4
 # Of a frame, at once.
-SLICE_BYTES = 1 << 20
+SLICE_BYTES = 512 << 10
 
 
 class _Place(NamedTuple):

@@ -15,8 +15,10 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.landing import LandingSlots
 from mcp_vllm.codec import CodecError
 
-# In one message; a load holds twice as many frames, so that the next come in meanwhile.
+# In one message, and not much more than so many bytes, raw: that is a few milliseconds of decoding.
+# A load holds twice as many frames, so that the next come in meanwhile.
 CHUNKS_AT_ONCE = 4
+BYTES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,22 @@ class Lander:
     async def _work(self) -> None:
         try:
             while self._waiting:
-                slots = await self._slots.acquire(min(CHUNKS_AT_ONCE, len(self._waiting)))
+                slots = await self._slots.acquire(self._num_next())
                 arrivals = [self._waiting.popleft() for _ in slots[: len(self._waiting)]]
                 self._slots.release(slots[len(arrivals) :])
                 if arrivals:  # another worker may have been quicker
                     await self._land(arrivals, slots[: len(arrivals)])
         finally:
             self._num_workers -= 1
+
+    def _num_next(self) -> int:
+        """How many chunks one worker takes of those that wait: its share, and not too many."""
+        share = -(-len(self._waiting) // self._context.codec_threads)
+        total, count = 0, 0
+        while count < min(CHUNKS_AT_ONCE, share) and total < BYTES_AT_ONCE:
+            total += self._waiting[count].size
+            count += 1
+        return count
 
     async def _land(self, arrivals: Sequence[Arrival], slots: list[int]) -> None:
         buffers = [
@@ -103,15 +114,17 @@ class Lander:
             raise
         done = list(zip(arrivals, slots, results, strict=True))
         self._slots.release([slot for _, slot, error in done if error is not None])
-        whole = [(arrival, slot) for arrival, slot, error in done if error is None]
-        if whole:
-            await self._announce([(arrival.index, slot) for arrival, slot in whole])
-        for arrival, _, error in done:
-            self._room.release()
-            if error is None:
-                arrival.landed()
-            else:
-                arrival.damaged(error)
+        whole = [(arrival.index, slot) for arrival, slot, error in done if error is None]
+        try:
+            if whole:
+                await self._announce(whole)
+        finally:  # it may have been told, however this ends
+            for arrival, _, error in done:
+                self._room.release()
+                if error is None:
+                    arrival.landed()
+                else:
+                    arrival.damaged(error)
 
     def _release_after(
         self, done: asyncio.Future[list[CodecError | None]], slots: list[int]

@@ -1,6 +1,5 @@
 """vLLM's processes sleep soon after a message, and wake for the next one."""
 
-import threading
 import time
 from collections.abc import Iterator
 
@@ -9,49 +8,50 @@ import zmq
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.utils.network_utils import get_open_zmq_ipc_path
 
-from mcp_vllm.vllm_plugin.short_polls import POLL_S, shorten_polls
+from mcp_vllm.vllm_plugin.short_polls import POLL_S, RECHECK_MS, VLLM_POLL_S, shorten_polls
 
-VLLM_POLL_S = 1
+LONG_MS = 60_000
+
+
+class Poller:
+    """Notes how long it was to sleep, and does not."""
+
+    def __init__(self) -> None:
+        self.asked_ms: list[int] = []
+
+    def poll(self, timeout: int) -> list[tuple[zmq.Socket, int]]:
+        self.asked_ms.append(timeout)
+        return []
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SpinCondition, SpinCondition]]:
-    """A writer and a reader that has just read; what is done to the class is undone."""
+def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[SpinCondition]:
+    """A reader whose sleeps are noted; what is done to the class is undone."""
     monkeypatch.setattr(SpinCondition, "wait", SpinCondition.wait)
-    address = get_open_zmq_ipc_path()
     with zmq.Context() as context:
-        writer = SpinCondition(is_reader=False, context=context, notify_address=address)
-        reader = SpinCondition(is_reader=True, context=context, notify_address=address)
-        # A subscription takes a moment to reach the writer.
-        deadline_s = time.monotonic() + 10
-        while not reader.poller.poll(10) and time.monotonic() < deadline_s:
-            writer.notify()
-        while reader.poller.poll(100):
-            reader.local_notify_socket.recv()
-        yield writer, reader
+        reader = SpinCondition(True, context, get_open_zmq_ipc_path())
+        reader.poller = Poller()
+        yield reader
         context.destroy(linger=0)
 
 
-def test_a_reader_polls_as_long_as_vllm_says(ends) -> None:
-    _, reader = ends
+def slept_ms(reader: SpinCondition, since_read_s: float) -> list[int]:
+    reader.poller.asked_ms.clear()
+    reader.last_read = time.monotonic() - since_read_s
+    reader.wait(timeout_ms=LONG_MS)
+    return list(reader.poller.asked_ms)
+
+
+def test_without_us_a_reader_polls_for_a_second(reader: SpinCondition) -> None:
     assert reader.busy_loop_s == VLLM_POLL_S
-    reader.last_read = time.monotonic()
-    started_s = time.monotonic()
-    reader.wait(timeout_ms=60_000)
-    assert time.monotonic() - started_s < 30  # it did not sleep
+    assert slept_ms(reader, POLL_S * 20) == []
+    assert slept_ms(reader, VLLM_POLL_S * 2) == [LONG_MS]
 
 
-def test_with_short_polls_it_sleeps_until_the_next_message(ends) -> None:
-    writer, reader = ends
+def test_with_short_polls_it_soon_sleeps_and_looks_again(reader: SpinCondition) -> None:
     shorten_polls()
     shorten_polls()
-    reader.last_read = time.monotonic() - 2 * POLL_S
-    asleep = threading.Thread(target=reader.wait, args=(60_000,))
-    asleep.start()
-    asleep.join(0.2)
-    assert asleep.is_alive()
-    writer.notify()
-    asleep.join(30)
-    assert not asleep.is_alive()
-    assert reader.busy_loop_s == POLL_S
+    assert slept_ms(reader, -1.0) == []  # has just read
+    assert slept_ms(reader, POLL_S * 20) == [RECHECK_MS]
+    assert slept_ms(reader, VLLM_POLL_S * 2) == [LONG_MS]
     assert not hasattr(SpinCondition.wait.__wrapped__, "__wrapped__")
