@@ -42,7 +42,7 @@ test: $(STAMP) ## Run the tests: units, faults, and the main ones on real engine
 	$(PY) -m pytest tests -m "not slow" --durations=12
 
 test-unit: $(STAMP) ## Run the unit tests only (they need no vLLM)
-	$(PY) -m pytest tests/unit -m "not slow"
+	$(PY) -m pytest tests/unit -m "not slow" -n auto
 
 test-slow: $(STAMP) ## Run the long suites on real engines that `make test` leaves out
 	$(PY) -m pytest tests -m slow
