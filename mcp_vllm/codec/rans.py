@@ -141,9 +141,9 @@ class Decoder:
 
     def __init__(self, words: UInt16s, classes: UInt8s, table: UInt32s, num_lanes: int) -> None:
         self._stream = words, classes, table
-        # A stream too short for its states is not one: of zeros, the states are none either.
         self._states = np.zeros(num_lanes, np.uint32)
-        if words.size >= 2 * num_lanes:
+        self._has_states = words.size >= 2 * num_lanes
+        if self._has_states:
             self._states[:] = words[: 2 * num_lanes].copy().view(np.uint32)
         self._progress = np.array([0, min(2 * num_lanes, words.size)], np.uint64)
         self.has_vectors = num_lanes == MANY_LANES and _HAS_VECTORS
@@ -160,6 +160,8 @@ class Decoder:
 
     def rest(self, symbols: UInt8s) -> bool:
         """Fill ``symbols`` from num_decoded on; False when the words end before or after that."""
+        if not self._has_states:
+            return False
         if self.has_vectors:
             rans_vectors.decode_whole_groups(*self._stream, symbols, self._states, self._progress)
         return bool(_decode_rest(*self._stream, symbols, self._states, self._progress))

@@ -27,7 +27,7 @@ class Index:
 
     def __init__(self, endpoint: str) -> None:
         self._socket = zmq.Context.instance().socket(zmq.SUB)
-        self._socket.connect(endpoint)
+        self._socket.bind(endpoint)  # an engine whose endpoint has no wildcard connects
         self._socket.subscribe(b"")
         self.blocks: dict[str, set[tuple[int | None, object]]] = {GPU: set(), CPU: set()}
         self.num_cleared = 0

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mcp_vllm.codec import rans
@@ -60,13 +60,15 @@ def test_a_damaged_stream_decodes_alike_with_and_without_vectors(size, seed, cut
 
 
 @given(size=st.integers(1, 300), num_words=st.integers(0, 127), num_lanes=lanes)
-def test_a_stream_without_room_for_its_states_is_refused(size, num_words, num_lanes):
-    _, classes, table, _ = coded(size, 0, num_lanes)
-    words = np.zeros(min(num_words, 2 * num_lanes - 1), np.uint16)
-    assert not decoded(size, classes, table, words, num_lanes, has_vectors=True)[0]
+@example(size=1, num_words=0, num_lanes=rans.FEW_LANES)
+def test_a_stream_without_room_for_its_states_is_refused_unread(size, num_words, num_lanes):
+    _, classes, table, words = coded(size, 0, num_lanes)
+    short = words[: min(num_words, 2 * num_lanes - 1)]
+    intact, out = decoded(size, classes, table, short, num_lanes, has_vectors=True)
+    assert not intact
+    assert not out.any()
 
 
-@needs_vectors
 @given(size=sizes, seed=st.integers(0, 9))
 def test_elements_are_symbols_with_their_residuals_turned_right_by_a_bit(size, seed):
     symbols, classes, table, words = coded(size, seed, rans.MANY_LANES)
