@@ -69,6 +69,7 @@ def test_a_stream_without_room_for_its_states_is_refused_unread(size, num_words,
     assert not out.any()
 
 
+@needs_vectors
 @given(size=sizes, seed=st.integers(0, 9))
 def test_elements_are_symbols_with_their_residuals_turned_right_by_a_bit(size, seed):
     symbols, classes, table, words = coded(size, seed, rans.MANY_LANES)
