@@ -249,11 +249,12 @@ def _packed(shifts: Any, levels: Any) -> bytes:
 def _unpacked(part: memoryview, num_bands: int, num_tokens: int) -> tuple[Any, Any]:
     """The inverse of _packed, of an untrusted part."""
     unpacked = np.frombuffer(decompress_exactly(part, 2 * num_bands * num_tokens), np.uint8)
-    shifts, levels = unpacked.reshape(2, num_bands, num_tokens).astype(np.int8)
+    moved = unpacked.reshape(2, num_bands, num_tokens)
+    if moved[0].max(initial=0) > 2 * _MAX_SHIFT or moved[1].max(initial=0) > 2 * MAX_LEVEL:
+        raise FrameError("a lossy part moves coefficients past the tables")
+    shifts, levels = moved.astype(np.int8)
     shifts -= np.int8(_MAX_SHIFT)
     levels -= np.int8(MAX_LEVEL)
-    if np.abs(shifts).max(initial=0) > _MAX_SHIFT or np.abs(levels).max(initial=0) > MAX_LEVEL:
-        raise FrameError("a lossy part moves coefficients past the tables")
     return np.ascontiguousarray(shifts.T), np.ascontiguousarray(levels.T)
 
 
