@@ -3,11 +3,16 @@
 With none allowed, the same engines' answers are identical (test_gemma_pair.py).
 """
 
+import subprocess
+import sys
+
 import pytest
 
+from mcp_vllm.codec import needs_calibration
 from mcp_vllm.demo.document import research_ship_manual
 from mcp_vllm.demo.pair import Pair
 from mcp_vllm.demo.weights import ensure_gemma
+from mcp_vllm.quality.location import find_calibration
 from tests.integration.conftest import SETTINGS
 from tests.integration.engine_client import complete, get_json
 from tests.integration.identity import urls, wait_until_stored
@@ -29,10 +34,20 @@ def tier(request):
 
 
 @pytest.fixture(scope="module")
-def pair(tier, log_folder):
+def model(tier):
+    """Gemma, calibrated where the tier asks for it: once on a machine, for some minutes."""
+    path = ensure_gemma(progress=False)
+    if needs_calibration(tier) and find_calibration(path) is None:
+        command = [sys.executable, "-m", "mcp_vllm.cli.main", "codec", "calibrate", str(path)]
+        subprocess.run(command, check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tier, model, log_folder):
     settings = {**SETTINGS, "codec": {"lossy": [tier], "wire": tier}}
     with Pair(log_folder, settings) as pair:
-        pair.start_engines(ensure_gemma(progress=False))
+        pair.start_engines(model)
         for host in pair.hosts.values():
             wait_for("the codecs", lambda host=host: tier in codecs_of(host))
         yield pair
