@@ -52,7 +52,8 @@ def dump(state: State, now_s: float, max_bytes: int) -> bytes:
     advance(state, now_s)
     slots = np.flatnonzero(state.records["flags"] & COUNTED)
     slots = slots[np.argsort(state.records["last_use_s"][slots], kind="stable")]
-    slots = slots[-min(len(slots), (max_bytes - fixed) // _SAVED.itemsize) or len(slots) :]
+    num_saved = min(len(slots), (max_bytes - fixed) // _SAVED.itemsize)
+    slots = slots[len(slots) - num_saved :]
     saved = np.empty(len(slots), _SAVED)
     for name in ("fingerprint", "uses", "kind", "turn"):
         saved[name] = state.records[name][slots]
