@@ -23,6 +23,7 @@ from mcp_vllm.agent.load_decisions import LoadDecisions
 from mcp_vllm.agent.lookups import EngineRequest, Lookups, Search
 from mcp_vllm.agent.peers import Peers
 from mcp_vllm.agent.reader import Reader
+from mcp_vllm.agent.turn import Turn
 from mcp_vllm.codec.loss import rank, worst
 from mcp_vllm.errors import McpError
 from mcp_vllm.link import protocol
@@ -45,9 +46,8 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_S = 5.0
 # Of what an engine sends, read at once.
 READ_BYTES = 256 << 10
-# After so many answers they are sent, and after so long others have their turn.
+# After so many answers they are sent.
 ANSWERS_AT_ONCE = 16
-TURN_S = 0.002
 # Of a chunk in its chain.
 MAX_POSITION = 1 << 20
 
@@ -181,7 +181,7 @@ class EnginePort:
 
     async def _take(self, received: bytearray) -> None:
         """Handle the messages that are whole, and take them away; send what was answered."""
-        at, turn_ends_s = 0, time.monotonic() + TURN_S
+        at, turn = 0, Turn()
         while len(received) - at >= LENGTH.size:
             body = at + LENGTH.size
             end = body + protocol.body_size(received[at:body])
@@ -191,10 +191,9 @@ class EnginePort:
             at = end
             if len(self._answers) >= ANSWERS_AT_ONCE:
                 self._send_answers()
-            if time.monotonic() > turn_ends_s:
+            if turn.is_over:
                 self._send_answers()
-                await asyncio.sleep(0)
-                turn_ends_s = time.monotonic() + TURN_S
+                await turn.pass_on()
         del received[:at]
         self._send_answers()
         await self._writer.drain()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,14 +22,13 @@ from mcp_vllm.agent.context import AgentContext
 from mcp_vllm.agent.directory_wire import session_hash
 from mcp_vllm.agent.peer import Following, Peer, PeerFailure
 from mcp_vllm.agent.peers import Peers
+from mcp_vllm.agent.turn import Turn
 from mcp_vllm.session.api import Transfer
 from mcp_vllm.session.manifest import Manifest, SessionKey
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 10.0
-# How long sessions are looked through before the event loop has its turn again.
-TURN_S = 0.002
 # How often a copy under way looks whether its peer is still there.
 ALIVE_S = 0.5
 
@@ -104,11 +102,10 @@ class Replicator:
         """Sessions that have too few copies wait to be copied again, as far as there is room."""
         short = 0
         keys = [manifest.key for manifest in self._context.sessions]
-        turn_ends_s = 0.0
+        turn = Turn()
         for key in keys:
-            if time.monotonic() > turn_ends_s:
-                await asyncio.sleep(0)
-                turn_ends_s = time.monotonic() + TURN_S
+            if turn.is_over:
+                await turn.pass_on()
             manifest = self._context.sessions.get(key)
             if manifest is None or not self._is_ours(manifest):
                 continue
