@@ -166,7 +166,7 @@ class DiskStore:
             for record in records:
                 self._add(record)
             for stored in part[len(records) :]:
-                self.policy.remove(stored.name)
+                self._keep_present(stored)
                 self._refuse("full")
             written += len(records)
         self._tidy()
@@ -248,12 +248,11 @@ class DiskStore:
         self.policy.remove(name)
         admission = self.policy.admit(name, stored.held_bytes)
         for victim in admission.evicted:
-            if chosen.pop(victim, None) is None:
+            chosen.pop(victim, None)
+            if victim in self._records:
                 self._bury(self._records[victim])
         if name in admission.kept:
             chosen[name] = stored
-            if present is not None:
-                self._bury(present)
             return
         self._refuse("policy")
         # What has lost more than the refused one is still better than nothing.
@@ -261,6 +260,17 @@ class DiskStore:
             chosen[name] = worse
         if (kept := worse or present) is not None:
             self.policy.hold(name, kept.held_bytes)
+
+    def _keep_present(self, stored: StoredFrame) -> None:
+        """It could not be written: the one that it was to replace, if any, stays."""
+        self.policy.remove(stored.name)
+        present = self._records.get(stored.name)
+        if present is None:
+            return
+        if present.held_bytes > stored.held_bytes:
+            self._bury(present)  # what is more may be promised to others
+        else:
+            self.policy.hold(stored.name, present.held_bytes)
 
     def _append(self, batch: Sequence[StoredFrame], ticks: Sequence[int]) -> list[Record]:
         """Write them into the active segment, or one begun for them; none where that fails."""
@@ -343,6 +353,12 @@ class DiskStore:
         return True
 
     def _add(self, record: Record) -> None:
+        """Written for good: one that it replaces is dead only now."""
+        present = self._records.get(record.name)
+        if present is not None:
+            self._bury(present)
+        elif record.name not in self.policy:  # its predecessor was damaged, and found while writing
+            self.policy.hold(record.name, record.held_bytes)
         self._index(record)
         self._tell(record.name, True)
 

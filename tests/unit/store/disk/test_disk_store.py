@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from disk_frames import folder_bytes, frame_of, name_of, stored
@@ -27,6 +31,13 @@ SEGMENT = 4 << 10
 
 def opened(folder: Path, budget: int = BUDGET, segment: int = SEGMENT) -> DiskStore:
     return DiskStore(folder, budget, segment_bytes=segment)
+
+
+@contextmanager
+def disk_full() -> Iterator[None]:
+    """Every write to a segment fails."""
+    with mock.patch.object(os, "pwritev", side_effect=OSError(errno.ENOSPC, "full")):
+        yield
 
 
 def content(store: DiskStore) -> dict[ChunkKey, bytes | None]:
@@ -73,6 +84,26 @@ def test_a_lossy_chunk_stays_when_the_exact_one_is_refused(tmp_path: Path, toget
     smaller = stored(1, 500)
     store.write([smaller])
     assert content(store) == {smaller.name: smaller.frame}
+    store.check_integrity()
+    store.close()
+
+
+@pytest.mark.parametrize("exact_bytes", [2000, 200])
+def test_a_lossy_chunk_stays_when_the_exact_one_does_not_fit_the_disk(
+    tmp_path: Path, exact_bytes: int
+) -> None:
+    clock = iter(range(0, 10_000, 5))
+    store = DiskStore(tmp_path, BUDGET, segment_bytes=SEGMENT, clock=lambda: next(clock))
+    lossy, exact = stored(1, 300, "small"), stored(1, exact_bytes)
+    store.write([lossy])
+    with disk_full():
+        assert store.write([exact]) == 0
+    assert store.refused == {"full": 1}
+    # Of one that is larger than the exact one, the room is not its own any more.
+    assert content(store) == ({lossy.name: lossy.frame} if exact_bytes > 300 else {})
+    store.check_integrity()
+    assert store.write([exact]) == 1
+    assert content(store) == {exact.name: exact.frame}
     store.check_integrity()
     store.close()
 
@@ -214,7 +245,10 @@ class StoreAgainstModel(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.store = opened(self.folder)
+        ticks = itertools.count(0, 5)  # a full disk is tried again at once
+        self.store = DiskStore(
+            self.folder, BUDGET, segment_bytes=SEGMENT, clock=lambda: float(next(ticks))
+        )
         self.store.watchers.append(self.changed)
 
     def changed(self, name: ChunkKey, present: bool) -> None:
@@ -224,11 +258,13 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @rule(
         numbers=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3000)), max_size=8),
         loss=st.sampled_from(["", "small"]),
+        is_full=st.sampled_from([False, False, True]),
     )
-    def put(self, numbers: list[tuple[int, int]], loss: str) -> None:
+    def put(self, numbers: list[tuple[int, int]], loss: str, is_full: bool) -> None:
         batch = [stored(number, size, loss) for number, size in numbers]
         before = {name: self.store.find(name) for name in self.store}
-        self.store.write(batch)
+        with disk_full() if is_full else nullcontext():
+            self.store.write(batch)
         for each in batch:
             record = self.store.find(each.name)
             is_new = record is not None and before.get(each.name) is not record
