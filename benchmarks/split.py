@@ -6,6 +6,10 @@ A whole engine, and a split one with its stage; rounds of decode steps go to the
 split, split, whole, ...), so that what else changes on the machine changes for both. The stage
 computes while the engine waits, so on one machine the two should take as long as the whole engine:
 what is more is serialisation, loopback and waking up. The other engine is idle meanwhile.
+
+How fast a process computes depends on where its memory came to lie: the same engine, started again,
+may be a fifth slower for as long as it lives. So all of them are started anew a few times; figures
+are of all starts, and the overhead is given for each, too.
 """
 
 import argparse
@@ -35,6 +39,9 @@ CONTEXT = 64
 MODEL_LEN = 1024
 SKIPPED = 3  # steps after the prefill that are not counted
 
+# Engine, or part of the split one -> batch -> milliseconds of every step.
+Steps = dict[str, dict[int, list[float]]]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -42,7 +49,8 @@ def main() -> None:
     parser.add_argument("--layers", default="6:12")
     parser.add_argument("--form", default="raw", choices=("raw", "fold", "fp8"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--starts", type=int, default=4, help="how often all is started anew")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
     parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
@@ -52,6 +60,15 @@ def main() -> None:
         return serve_rounds(json.loads(args.engine))
     model = str(args.model or ensure_gemma())
     console = Console()
+    starts = [measure_start(model, args, console) for _ in range(args.starts)]
+    report(console, starts, args)
+    if args.json:
+        args.json.write_text(json.dumps({"setting": describe(), "starts": starts}, indent=2) + "\n")
+    return None
+
+
+def measure_start(model: str, args: argparse.Namespace, console: Console) -> Steps:
+    """Everything started once."""
     with stage(model, args) as address, contextlib.ExitStack() as stack:
         split = {
             "layers": args.layers,
@@ -65,11 +82,7 @@ def main() -> None:
                 "whole": stack.enter_context(engine(model, None, args.logs / "whole.log")),
                 "split": stack.enter_context(engine(model, split, args.logs / "split.log")),
             }
-        steps = measure(engines, args)
-    report(console, steps, args)
-    if args.json:
-        args.json.write_text(json.dumps({"setting": describe(), "step_ms": steps}, indent=2) + "\n")
-    return None
+        return measure(engines, args)
 
 
 @contextlib.contextmanager
@@ -159,11 +172,8 @@ def decode(engine, number: int, batch: int, steps: int) -> list[list[float]]:
     return times[1 + SKIPPED :]
 
 
-def measure(
-    engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace
-) -> dict[str, dict[int, list[float]]]:
-    """Engine -> batch -> milliseconds of every step, and of what is in the split one. A round
-    before them warms up."""
+def measure(engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace) -> Steps:
+    """A round before those that count warms up."""
     times = {name: {batch: [] for batch in args.batches} for name in engines}
     with Progress(transient=True) as progress:
         for number in progress.track(range(args.rounds + 1), description="rounds"):
@@ -184,30 +194,36 @@ def measure(
     return times
 
 
-def report(
-    console: Console, steps: dict[str, dict[int, list[float]]], args: argparse.Namespace
-) -> None:
+def report(console: Console, starts: list[Steps], args: argparse.Namespace) -> None:
     table = Table(
         title=f"Decode steps in ms, layers {args.layers} at a stage on loopback, form {args.form}, "
-        f"{args.rounds} rounds of {args.steps}"
+        f"{args.starts} starts of {args.rounds} rounds of {args.steps}"
     )
     for name in ("batch", "engine", "p10", "p50", "p90", "p99"):
         table.add_column(name, justify="right")
     for batch in args.batches:
-        for name, times in steps.items():
-            cuts = statistics.quantiles(times[batch], n=100)
+        for name in starts[0]:
+            cuts = statistics.quantiles(of_all(starts, name, batch), n=100)
             table.add_row(str(batch), name, *(f"{cuts[p - 1]:.2f}" for p in (10, 50, 90, 99)))
     console.print(table)
     for batch in args.batches:
-        whole, split = (sorted(steps[name][batch]) for name in ("whole", "split"))
-        middle = statistics.median(split) - statistics.median(whole)
-        ratio = statistics.median(split) / statistics.median(whole)
-        low = split[len(split) // 10] - whole[len(whole) // 10]
+        whole, split = (
+            statistics.median(of_all(starts, name, batch)) for name in ("whole", "split")
+        )
+        each = ", ".join(f"{overhead_ms(start, batch):.1f}" for start in starts)
         console.print(
-            f"batch {batch}: split / whole {ratio:.3f} "
-            f"(medians); overhead {middle:.2f} ms (medians), {low:.2f} ms (tenth percentiles)"
+            f"batch {batch}: split / whole {split / whole:.3f}; overhead {split - whole:.2f} ms "
+            f"(medians; by start {each})"
         )
     console.print(one_line())
+
+
+def of_all(starts: list[Steps], name: str, batch: int) -> list[float]:
+    return [step for start in starts for step in start[name][batch]]
+
+
+def overhead_ms(start: Steps, batch: int) -> float:
+    return statistics.median(start["split"][batch]) - statistics.median(start["whole"][batch])
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ class SplitConfig(Section):
     )
     """HOST:PORT of the stages that hold these layers; the next one is used when one is lost."""
 
-    form: Literal["raw", "fold", "fp8"] = "raw"
-    """Activations on the wire: `raw` is exact; `fold` sends half of it, `fp8` a quarter, and both
-    change results a little."""
+    form: Literal["raw", "packed", "fold", "fp8"] = "raw"
+    """Activations on the wire: `raw` and `packed` are exact, `packed` is compressed for slow links;
+    `fold` sends half of `raw`, `fp8` a quarter, and both change results a little."""
 
     stage_dtype: Literal["float16", "bfloat16"] | None = None
     """What the stages compute in, where that is another 16-bit type than the engine's `--dtype`;

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TOKENS = 64
 LAYERS = {"llama": "1:3", "qwen3": "1:3", "gemma": "6:12"}
+FORMS = {"llama": "raw", "qwen3": "packed", "gemma": "raw"}
 # Of 12 requests 8 run at once; they outgrow these blocks, so that some are preempted.
 BLOCKS = {"llama": 42, "qwen3": 42, "gemma": 200}
 
@@ -72,7 +73,7 @@ def test_tokens_are_those_of_the_whole_engine(model, family):
     whole = play(engine, *rounds)
     assert whole.result is not None, whole.log[-5000:]
     with stage_of(model, LAYERS[family], name=f"identity-{family}") as stage:
-        settings = {"mcp_split": split_of(LAYERS[family], stage.address)}
+        settings = {"mcp_split": split_of(LAYERS[family], stage.address, form=FORMS[family])}
         split = play(engine | settings, *rounds)
         assert split.result is not None, split.log[-5000:]
         assert stage.metric("mcp_stage_steps_total") > TOKENS

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,10 @@ def serve_stage(model: str, stage: StageConfig, vllm_args: Sequence[str]) -> Non
     if stage.http is not None:
         serve_http(Address.parse(stage.http), metrics, backend.ready.is_set)
     threading.Thread(target=server.serve, name="stage", daemon=True).start()
-    backend.load()
+    # A thread that has computed keeps OpenMP threads of its own until it ends, and where there are
+    # more of these than cores libgomp's hardly spin: each operation of a step would wake one.
+    with ThreadPoolExecutor(1) as loader:
+        loader.submit(backend.load).result()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())

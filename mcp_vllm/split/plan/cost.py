@@ -70,7 +70,9 @@ class CostModel:
         self._local = local
         self._stage = stage
         self._link = link
-        self._step_bytes = 2 * shape.activation_bytes[form]  # a token, both ways
+        # Of a token, both ways.
+        self._step_bytes = 2 * shape.activation_bytes[form]
+        self._coding_s = 2 * shape.activation_s[form]
         self._prefix = cache(self._prefix_sums)
 
     def step_s(self, work: Work, split: Split | None) -> float:
@@ -89,6 +91,7 @@ class CostModel:
             + float(remote[end] - remote[first])
             + self._stage.rest_s(work)
             + self._link.time_s(work.num_tokens * self._step_bytes)
+            + work.num_tokens * self._coding_s
         )
 
     def ttft_s(self, load: Load, split: Split | None) -> float:

@@ -86,6 +86,7 @@ def shape_of(
     if text.tie_word_embeddings and head is not None:
         outer[id(head.weight)] = 0  # on the meta device it may still be a parameter of its own
         outer[id(model.get_input_embeddings().weight)] = head.weight.numel()
+    forms = [Form(form, text.hidden_size, kind, True) for form in FORMS]
     return ModelShape(
         name=name,
         dtype=known,
@@ -94,9 +95,8 @@ def shape_of(
         outer_bytes=stored_outer or sum(outer.values()) * kind.itemsize,
         outer_parameters=sum(outer.values()),
         head_flops=2.0 * text.vocab_size * text.hidden_size,
-        activation_bytes={
-            form: Form(form, text.hidden_size, kind, True).payload_bytes(1) for form in FORMS
-        },
+        activation_bytes={form.name: form.usual_token_bytes for form in forms},
+        activation_s={form.name: form.usual_token_s for form in forms},
     )
 
 

@@ -100,6 +100,7 @@ class ModelShape:
         outer_parameters: their number.
         head_flops: of the head, a token whose logits are needed.
         activation_bytes: a token, one way, by form on the wire (activations.FORMS).
+        activation_s: seconds to encode and decode that.
     """
 
     name: str
@@ -109,7 +110,8 @@ class ModelShape:
     outer_bytes: int
     outer_parameters: int
     head_flops: float
-    activation_bytes: Mapping[str, int]
+    activation_bytes: Mapping[str, float]
+    activation_s: Mapping[str, float]
 
     @property
     def num_layers(self) -> int:

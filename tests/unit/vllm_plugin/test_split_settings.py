@@ -77,7 +77,7 @@ def test_an_engine_beside_its_stage_lets_the_cores_go_while_it_waits():
     split_settings.apply(SimpleNamespace(), far)
     assert "GOMP_SPINCOUNT" not in os.environ
     split_settings.apply(SimpleNamespace(), SPLIT)
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "30000"
 
 
 def test_who_has_said_how_threads_wait_is_obeyed():

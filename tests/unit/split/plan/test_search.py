@@ -20,7 +20,7 @@ SPEEDS = st.floats(0.1, 50)
 LIMITS = st.builds(Limits, st.integers(MIB, 400 * MIB), st.integers(MIB, 400 * MIB))
 
 
-def written_out_step_s(model, local, stage, link, work: Work, split, token_bytes) -> float:
+def written_out_step_s(model, local, stage, link, work: Work, split, form) -> float:
     seconds = local.rest_s(work)
     for i, layer in enumerate(model.layers):
         where = stage if split and split[0] <= i < split[1] else local
@@ -29,16 +29,17 @@ def written_out_step_s(model, local, stage, link, work: Work, split, token_bytes
         seconds += max(compute, read) + rates.layer_s
     if split:
         seconds += stage.rest_s(work)
-        seconds += link.rtt_s + 2 * work.num_tokens * token_bytes * link.byte_s
+        token_s = model.activation_bytes[form] * link.byte_s + model.activation_s[form]
+        seconds += link.rtt_s + 2 * work.num_tokens * token_s
     return seconds
 
 
-@given(SHAPES, SPEEDS, LINKS, LOADS, LIMITS)
+@given(SHAPES, SPEEDS, LINKS, LOADS, LIMITS, st.sampled_from(["fold", "packed"]))
 def test_the_best_is_the_best_of_all_that_are_written_out(
-    shape: ModelShape, speed: float, link: LinkFit, load: Load, limits: Limits
+    shape: ModelShape, speed: float, link: LinkFit, load: Load, limits: Limits, form: str
 ) -> None:
     local, stage = machine(), machine(speed, 2e-4)
-    found = search(CostModel(shape, local, stage, link, "fold"), load, limits)
+    found = search(CostModel(shape, local, stage, link, form), load, limits)
     best_s = None
     for split in [None, *all_splits(shape.num_layers)]:
         inside = range(*split) if split else range(0)
@@ -53,9 +54,9 @@ def test_the_best_is_the_best_of_all_that_are_written_out(
         while computed < load.prompt:
             tokens = int(min(load.budget, load.prompt - computed))
             computed += tokens
-            ttft += written_out_step_s(*args, Work(1, tokens, int(computed)), split, 1024)
+            ttft += written_out_step_s(*args, Work(1, tokens, int(computed)), split, form)
         token = written_out_step_s(
-            *args, Work(load.batch, 1, load.prompt + max(1, load.answer // 2)), split, 1024
+            *args, Work(load.batch, 1, load.prompt + max(1, load.answer // 2)), split, form
         )
         request_s = ttft + (load.answer - 1) * token
         best_s = request_s if best_s is None else min(best_s, request_s)
