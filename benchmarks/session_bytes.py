@@ -5,7 +5,8 @@
 A manual of about 2,000 tokens, then ten questions, answered greedily by the model itself
 (transformers, Gemma-3-270m unless told otherwise). After each turn the cache goes to a peer that
 has the turns before. With a lossless codec the peer's cache is compared bit by bit after each turn,
-and at the end both answer one more question, with the same tokens or exit code 1.
+and at the end both answer one more question, with the same tokens or exit code 1. `balanced` and
+`small` need the model's calibration (mcp-vllm codec calibrate).
 
 *Full, raw* is what resending keys and values as they lie in memory would take; sliding-window
 layers hold their window only. *Delta, raw* is ours without compression: what naming the tokens
@@ -29,9 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from setting import describe, one_line
 
 from mcp_vllm import hf
-from mcp_vllm.codec import codec_names, get_codec
+from mcp_vllm.codec import codec_names, get_codec, lossless_names, needs_calibration
+from mcp_vllm.codec.calibration import Calibration
 from mcp_vllm.demo.document import QUESTIONS, research_ship_manual
 from mcp_vllm.demo.weights import ensure_gemma
+from mcp_vllm.quality.location import find_calibration
 
 MORE_QUESTIONS = (
     "What is the name of the ship's cat?",
@@ -98,7 +101,9 @@ def is_same(ours, theirs) -> bool:
     )
 
 
-def run_chat(chat: Chat, codec: str) -> tuple[list[Turn], hf.CachedChat]:
+def run_chat(
+    chat: Chat, codec: str, calibration: Calibration | None
+) -> tuple[list[Turn], hf.CachedChat]:
     """The turns, and the chat as the peer has it at the end."""
     turns: list[Turn] = []
     base = peer = None
@@ -108,11 +113,15 @@ def run_chat(chat: Chat, codec: str) -> tuple[list[Turn], hf.CachedChat]:
         print(f"  {question} {answer}")
         given = {"token_ids": chat.token_ids, "base": base, "held": peer}
         started_s = time.perf_counter()
-        export = hf.export_cache(chat.cache, chat.model, codec=codec, **given)
+        export = hf.export_cache(
+            chat.cache, chat.model, codec=codec, calibration=calibration, **given
+        )
         exported_s = time.perf_counter()
-        peer = hf.import_cache(export, chat.model, base=peer, accept=[codec])
+        peer = hf.import_cache(
+            export, chat.model, base=peer, accept=[codec], calibration=calibration
+        )
         imported_s = time.perf_counter()
-        if get_codec(codec).lossless and not is_same(chat.cache, peer.cache):
+        if codec in lossless_names() and not is_same(chat.cache, peer.cache):
             raise SystemExit("the peer's cache differs")
         uncompressed = hf.export_cache(chat.cache, chat.model, codec="raw", **given)
         base = hf.snapshot(chat.cache, chat.token_ids)
@@ -173,8 +182,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = Chat(model, tokenizer)
     chat.read(research_ship_manual())
-    get_codec(arguments.codec)
-    turns, peer = run_chat(chat, arguments.codec)
+    calibration = find_calibration(folder) if needs_calibration(arguments.codec) else None
+    get_codec(arguments.codec, calibration=calibration)
+    turns, peer = run_chat(chat, arguments.codec, calibration)
     show(turns, arguments.codec)
     full = sum(turn.full_raw_bytes for turn in turns)
     wire = sum(turn.wire_bytes for turn in turns)
@@ -199,7 +209,7 @@ def main() -> None:
             "same_tokens": same,
         }
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    if get_codec(arguments.codec).lossless and not same:
+    if arguments.codec in lossless_names() and not same:
         raise SystemExit(1)
 
 

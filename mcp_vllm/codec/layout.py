@@ -34,21 +34,29 @@ class ChunkLayout:
         kv: where the K and V of each layer lie; None: unknown. Not in the frame.
         position: how many chunks precede this one in its context; all chunks of a ``kv`` have
             equally many tokens. A chunk whose position is not told counts as the first.
+        first_token: where in its context the chunk begins, if ``position`` chunks do not say so.
     """
 
     element: Element
     channels: int = 1
     kv: KVLayout | None = None
     position: int = 0
+    first_token: int | None = None
 
     def __post_init__(self) -> None:
         if self.element not in ELEMENTS:
             raise CodecError(f"element {self.element!r} is not one of {', '.join(ELEMENTS)}")
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise CodecError(f"channels={self.channels} is outside 1..{MAX_CHANNELS}")
-        num_tokens = self.kv.num_tokens if self.kv else 1
-        if not 0 <= self.position * num_tokens <= MAX_TOKENS:
+        if not 0 <= self.num_tokens_before <= MAX_TOKENS:
             raise CodecError(f"position={self.position} is past the token {MAX_TOKENS}")
+
+    @property
+    def num_tokens_before(self) -> int:
+        """Tokens of the context before the chunk; chunks of unknown ``kv`` count as one."""
+        if self.first_token is not None:
+            return self.first_token
+        return self.position * (self.kv.num_tokens if self.kv else 1)
 
     @property
     def element_size_bytes(self) -> int:

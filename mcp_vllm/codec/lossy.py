@@ -77,7 +77,7 @@ class LossyCodec(Codec):
     def encode(self, raw: Buffer, layout: ChunkLayout) -> Encoded:
         source = flat_bytes(raw)
         kv = _kv_of(source, layout)
-        first_token = layout.position * kv.num_tokens if kv else 0
+        first_token = layout.num_tokens_before
         num_exact = max(self.num_exact_tokens - first_token, 0)
         if kv is None or num_exact >= kv.num_tokens:
             return self._lossless.encode(source, layout)
@@ -129,4 +129,4 @@ def _kv_of(chunk: memoryview, layout: ChunkLayout) -> KVLayout | None:
 
 
 def _layout_of_rows(layout: ChunkLayout, kv: KVLayout) -> ChunkLayout:
-    return replace(layout, channels=kv.num_channels, kv=None, position=0)
+    return replace(layout, channels=kv.num_channels, kv=None, position=0, first_token=None)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
     from typing_extensions import Buffer
 
+    from mcp_vllm.codec.calibration import Calibration
+
 _TOKEN_IDS = "token_ids"
 
 
@@ -59,12 +61,13 @@ def export_cache(
     base: CachedChat | None = None,
     held: CachedChat | None = None,
     codec: str = "lossless",
+    calibration: Calibration | None = None,
 ) -> bytes:
     """The bytes that `import_cache` restores the cache from, on any device it may be on.
 
     ``base`` is a `snapshot` of what the receiver has already: then only what was added since is
-    coded, for sliding windows, too. ``codec`` and ``held`` are those of `compress_context`: after a
-    lossy export, ``held`` is what `import_cache` gave for it.
+    coded, for sliding windows, too. ``codec``, ``held`` and ``calibration`` are those of
+    `compress_context`: after a lossy export, ``held`` is what `import_cache` gave for it.
 
     Raises UnsupportedCacheError, LibraryError; ArrayError or CodecError of the layers below.
     """
@@ -81,6 +84,10 @@ def export_cache(
         _context(CachedChat(cache, token_ids)),
         codec=codec,
         held=None if held is None else _context(held),
+        calibration=calibration,
+        first_tokens={
+            _names(number)[0]: layer.seen - layer.num_held for number, layer in enumerate(states)
+        },
     )
     return envelope.pack(state, delta)
 
@@ -93,12 +100,14 @@ def import_cache(
     device: torch.device | str | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     accept: Collection[str] = (),
+    calibration: Calibration | None = None,
 ) -> CachedChat:
     """The cache of an export, bit for bit (unless a lossy codec was asked for), in new tensors.
 
     ``base`` is what the export was made against, and is not changed. ``device`` is the model's
     unless given, the CPU for a configuration. ``max_bytes`` bounds the tensors, ``accept`` names
-    the lossy codecs that will do: see `decompress_context`.
+    the lossy codecs that will do, ``calibration`` is what two of them need: see
+    `decompress_context`.
 
     Raises OtherModelError, naming the field, if the model is not the one that filled the cache;
     DamagedCacheError or DeltaError if the bytes are not intact or the base is not the right one;
@@ -107,7 +116,9 @@ def import_cache(
     state, delta = envelope.unpack(data)
     check_same_model(Fingerprint(state.model), model)
     cache = _empty_cache(state, model)
-    context = decompress_context(_context(base), delta, max_bytes=max_bytes, accept=accept)
+    context = decompress_context(
+        _context(base), delta, max_bytes=max_bytes, accept=accept, calibration=calibration
+    )
     token_ids = context.pop(_TOKEN_IDS, None)
     if (token_ids is not None) != state.has_token_ids:
         raise DamagedCacheError("the token ids are missing, or nobody asked for them")

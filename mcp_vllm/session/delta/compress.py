@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -17,6 +17,9 @@ from mcp_vllm.session.delta.decompress import assemble, decode_coded_parts
 from mcp_vllm.session.delta.errors import DeltaError
 from mcp_vllm.session.delta.overlap import Overlap, longest_overlap
 
+if TYPE_CHECKING:
+    from mcp_vllm.codec.calibration import Calibration
+
 
 def compress_context(
     old: Mapping[str, Any],
@@ -24,6 +27,8 @@ def compress_context(
     *,
     codec: str = "lossless",
     held: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    first_tokens: Mapping[str, int] | None = None,
 ) -> bytes:
     """The delta that turns ``old`` into ``new``: what `decompress_context` needs beside ``old``.
 
@@ -37,19 +42,25 @@ def compress_context(
     ``held = decompress_context(held, delta)`` and pass it with the next delta, as what the receiver
     holds in place of ``old``. What was sent once is not sent, nor changed, again.
 
+    `balanced` and `small` need the model's ``calibration``, and treat so the K and V of a layer N
+    that are named ``layers.N.keys`` and ``layers.N.values``, [1, head, token, channel].
+    ``first_tokens``: at which token of the context an array begins, by name, where that is not its
+    first: of sliding windows. Receivers must compute the same last bits, as CPUs of one kind do;
+    another finds that the result does not match its checksum.
+
     Raises ArrayError for an array that cannot be part of a context, CodecError for an unknown codec
-    or one that needs a calibration: those must know which layer and head of which model an array
-    is of.
+    or one that lacks its calibration, or is given that of another model.
     """
     old_arrays, new_arrays = host_arrays(old), host_arrays(new)
     held_arrays = old_arrays if held is None else host_arrays(held)
     _check_held(old_arrays, held_arrays)
     changed, coded = _changes(old_arrays, new_arrays)
-    chosen = get_codec(codec)
+    chosen = get_codec(codec, calibration=calibration)
     loss = EXACT if chosen.lossless else chosen.name
-    frames = _encode(changed, coded, chosen, loss)
+    plans = delta_frames.frame_plans(changed, loss, first_tokens or {})
+    frames = _encode(plans, coded, chosen)
     if loss != EXACT:
-        changed = _with_received_digests(changed, frames, held_arrays, loss)
+        changed = _with_received_digests(changed, frames, held_arrays, loss, calibration)
     metadata = wire.Metadata(
         base={name: array.digest() for name, array in sorted(held_arrays.items())},
         removed=sorted(old_arrays.keys() - new_arrays.keys()),
@@ -107,11 +118,11 @@ def _describe(name: str, array: HostArray, base: HostArray | None) -> wire.Chang
 
 
 def _encode(
-    changed: Sequence[wire.ChangedArray], coded: Sequence[memoryview], codec: Codec, loss: str
+    plans: Iterable[delta_frames.FramePlan], coded: Sequence[memoryview], codec: Codec
 ) -> list[bytes]:
     exact = codec if codec.lossless else get_codec("lossless")
     frames: list[bytes] = []
-    for number, plan in enumerate(delta_frames.frame_plans(changed, loss)):
+    for number, plan in enumerate(plans):
         raw = b"".join(coded[each.index][each.start : each.stop] for each in plan.slices)
         chosen = codec if plan.layout.kv else exact
         frames.append(encode_frame(delta_frames.frame_key(number), raw, plan.layout, chosen))
@@ -123,9 +134,11 @@ def _with_received_digests(
     frames: Sequence[bytes],
     held: Mapping[str, HostArray],
     loss: str,
+    calibration: Calibration | None,
 ) -> list[wire.ChangedArray]:
     """The same entries, with the digests of what the receiver will have."""
-    coded = decode_coded_parts(changed, memoryview(b"".join(frames)), len(frames), loss)
+    sent = memoryview(b"".join(frames))
+    coded = decode_coded_parts(changed, sent, len(frames), loss, calibration)
     return [
         msgspec.structs.replace(entry, digest=assemble(entry, part, held).digest())
         for entry, part in zip(changed, coded, strict=True)

@@ -25,6 +25,8 @@ from mcp_vllm.session.delta.errors import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from mcp_vllm.codec.calibration import Calibration
+
 DEFAULT_MAX_BYTES = 16 << 30
 
 
@@ -34,6 +36,7 @@ def decompress_context(
     *,
     max_bytes: int = DEFAULT_MAX_BYTES,
     accept: Collection[str] = (),
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """The context that ``delta`` was made for, given the one it was made from.
 
@@ -45,6 +48,8 @@ def decompress_context(
     a few frames of 4 MiB.
 
     ``accept`` names the lossy codecs that the delta may have been coded with; none unless told.
+    `balanced` and `small` also need the sender's ``calibration`` (then a layer of more than 4 MiB
+    is a frame of its own).
 
     Raises, and then nothing was changed: LossNotAcceptedError; WrongBaseError when ``old`` is not
     the context the delta was made from; DamagedDeltaError when the delta is not intact or claims
@@ -64,7 +69,7 @@ def decompress_context(
     _check_base(metadata, base)
     for entry in metadata.changed:
         _check_overlap(entry, base)
-    coded = decode_coded_parts(metadata.changed, frames, num_frames, metadata.loss)
+    coded = decode_coded_parts(metadata.changed, frames, num_frames, metadata.loss, calibration)
     result = {name: value for name, value in old.items() if name not in metadata.removed}
     for index, entry in enumerate(metadata.changed):
         array = assemble(entry, coded[index], base)
@@ -108,7 +113,11 @@ def _check_overlap(entry: wire.ChangedArray, base: Mapping[str, HostArray]) -> N
 
 
 def decode_coded_parts(
-    changed: Sequence[wire.ChangedArray], frames: memoryview, num_frames: int, loss: str
+    changed: Sequence[wire.ChangedArray],
+    frames: memoryview,
+    num_frames: int,
+    loss: str,
+    calibration: Calibration | None,
 ) -> list[Bits]:
     """What the frames hold of each changed array, in its coded shape; checksums verified."""
     plans = list(delta_frames.frame_plans(changed, loss))
@@ -121,7 +130,8 @@ def decode_coded_parts(
         raw, key = memoryview(scratch)[: plan.raw_bytes], delta_frames.frame_key(number)
         try:
             size = read_header(frames, max_raw_size=len(raw)).frame_size
-            decode_frame_into(frames[:size], raw, key=key, kv=plan.layout.kv)
+            kv = plan.layout.kv
+            decode_frame_into(frames[:size], raw, key=key, kv=kv, calibration=calibration)
         except CodecError as error:
             raise DamagedDeltaError(f"frame {number} of the delta: {error}") from error
         frames = frames[size:]

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -19,6 +20,9 @@ from transformers import (
 
 from mcp_vllm import hf
 from mcp_vllm.codec import CodecError
+from mcp_vllm.codec.calibration import Calibration
+from mcp_vllm.codec.fit import fit_band, tail_of
+from mcp_vllm.codec.planes import Source
 from mcp_vllm.hf import library
 from mcp_vllm.session.delta import DamagedDeltaError, LossNotAcceptedError, WrongBaseError
 
@@ -211,6 +215,36 @@ def test_a_lossy_chat_moves_turn_by_turn_and_is_refused_unless_accepted(models, 
         assert keys.shape == theirs_keys.shape
         bound = keys.abs().amax(dim=-1, keepdim=True) / 100
         assert ((keys - theirs_keys).abs() <= bound).all()
+
+
+def calibration_of(cache) -> Calibration:
+    """Bands of the layers' own values, all channels of equal weight."""
+    bands, coefficients = [], []
+    for layer, of in enumerate(cache.layers):
+        both = [each[0].transpose(0, 1).flatten(1).float().numpy() for each in (of.keys, of.values)]
+        heads = range(of.keys.shape[1])
+        sources = tuple(Source(layer, kind, head) for kind in ("k", "v") for head in heads)
+        values = np.concatenate(both, axis=1)
+        gradients = np.random.default_rng(layer).normal(size=values.shape).astype(np.float32)
+        none = np.empty(0, np.float32)
+        band, kept = fit_band(sources, values, gradients, none, np.arange(len(values)))
+        bands.append(band)
+        coefficients.append(kept)
+    return Calibration("made up", tuple(bands), tail_of(coefficients))
+
+
+@pytest.mark.parametrize("cache_kind", CACHES)
+def test_a_chat_moves_by_a_calibrated_tier(models, cache_kind):
+    model = models["gemma3"]
+    chat = chat_of(model, CACHES[cache_kind])
+    calibration = calibration_of(chat.cache)
+    export = hf.export_cache(chat.cache, model, codec="balanced", calibration=calibration)
+    held = hf.import_cache(export, model, accept=["balanced"], calibration=calibration)
+    errors = [
+        (ours.keys.float() - theirs.keys.float()).norm() / ours.keys.float().norm()
+        for ours, theirs in zip(chat.cache.layers, held.cache.layers, strict=True)
+    ]
+    assert 0 < max(errors) < 0.05
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(models, tmp_path, monkeypatch):
