@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: Gemma-3-270m")
     parser.add_argument("--layers", default="6:12")
-    parser.add_argument("--form", default="raw", choices=("raw", "fold", "fp8"))
+    parser.add_argument("--form", default="raw", choices=("raw", "packed", "fold", "fp8"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--starts", type=int, default=4, help="how often all is started anew")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
@@ -60,16 +60,19 @@ def main() -> None:
         return serve_rounds(json.loads(args.engine))
     model = str(args.model or ensure_gemma())
     console = Console()
-    starts = [measure_start(model, args, console) for _ in range(args.starts)]
+    starts: list[Steps] = []
+    for number in range(args.starts):
+        starts.append(measure_start(model, args, args.logs / f"start-{number}", console))
+        if args.json:
+            figures = {"setting": describe(), "starts": starts}
+            args.json.write_text(json.dumps(figures, indent=2) + "\n")
     report(console, starts, args)
-    if args.json:
-        args.json.write_text(json.dumps({"setting": describe(), "starts": starts}, indent=2) + "\n")
     return None
 
 
-def measure_start(model: str, args: argparse.Namespace, console: Console) -> Steps:
+def measure_start(model: str, args: argparse.Namespace, logs: Path, console: Console) -> Steps:
     """Everything started once."""
-    with stage(model, args) as address, contextlib.ExitStack() as stack:
+    with stage(model, args, logs) as address, contextlib.ExitStack() as stack:
         split = {
             "layers": args.layers,
             "stages": [address],
@@ -79,21 +82,21 @@ def measure_start(model: str, args: argparse.Namespace, console: Console) -> Ste
         }
         with console.status("starting two engines"):
             engines = {
-                "whole": stack.enter_context(engine(model, None, args.logs / "whole.log")),
-                "split": stack.enter_context(engine(model, split, args.logs / "split.log")),
+                "whole": stack.enter_context(engine(model, None, logs / "whole.log")),
+                "split": stack.enter_context(engine(model, split, logs / "split.log")),
             }
         return measure(engines, args)
 
 
 @contextlib.contextmanager
-def stage(model: str, args: argparse.Namespace) -> Iterator[str]:
+def stage(model: str, args: argparse.Namespace, logs: Path) -> Iterator[str]:
     address, http_port = f"127.0.0.1:{free_port()}", free_port()
     command = [
         sys.executable, "-m", "mcp_vllm.cli.main", "stage", model, "--layers", args.layers,
         "--listen", address, "--http", f"127.0.0.1:{http_port}", "--kv-bytes", "512MiB",
         "--", "--max-model-len", str(MODEL_LEN),
     ]  # fmt: skip
-    log = args.logs / "stage.log"
+    log = logs / "stage.log"
     with Server("stage", command, http_port, log, default_environment(), "/healthz") as server:
         server.wait_ready(600)
         yield address
@@ -207,23 +210,22 @@ def report(console: Console, starts: list[Steps], args: argparse.Namespace) -> N
             table.add_row(str(batch), name, *(f"{cuts[p - 1]:.2f}" for p in (10, 50, 90, 99)))
     console.print(table)
     for batch in args.batches:
-        whole, split = (
-            statistics.median(of_all(starts, name, batch)) for name in ("whole", "split")
-        )
-        each = ", ".join(f"{overhead_ms(start, batch):.1f}" for start in starts)
+        medians = [
+            (statistics.median(start["whole"][batch]), statistics.median(start["split"][batch]))
+            for start in starts
+        ]
+        ratio = statistics.median(split / whole for whole, split in medians)
+        overheads = [split - whole for whole, split in medians]
         console.print(
-            f"batch {batch}: split / whole {split / whole:.3f}; overhead {split - whole:.2f} ms "
-            f"(medians; by start {each})"
+            f"batch {batch}: split / whole {ratio:.3f}, overhead "
+            f"{statistics.median(overheads):.1f} ms: medians of the starts' "
+            f"({', '.join(f'{each:.1f}' for each in overheads)})"
         )
     console.print(one_line())
 
 
 def of_all(starts: list[Steps], name: str, batch: int) -> list[float]:
     return [step for start in starts for step in start[name][batch]]
-
-
-def overhead_ms(start: Steps, batch: int) -> float:
-    return statistics.median(start["split"][batch]) - statistics.median(start["whole"][batch])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def plan(
     form: Annotated[
         str,
         typer.Option(
-            metavar="raw|fold|fp8|auto",
+            metavar="raw|packed|fold|fp8|auto",
             help="Activations on the wire; auto: the exactest that the link does not make slow.",
         ),
     ] = "raw",

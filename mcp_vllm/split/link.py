@@ -213,6 +213,8 @@ class Stages:
             channel.max_metadata = wire.MAX_METADATA_BYTES
             message = _receive(stage, channel, Kind.WELCOME, 0, first)
             welcome = wire.decode(Welcome, message.metadata)
+            if not 1 <= welcome.width <= wire.MAX_WIDTH:
+                raise WireError(f"activations of {welcome.width} elements a token")
             dtype = self._dtype or _dtype_of(welcome)
             form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         except BaseException:

@@ -35,7 +35,7 @@ counts. Token ids, text and sampling parameters have no field.
 
 Bounds, checked before anything is allocated: metadata MAX_HELLO_BYTES until Welcome, then
 MAX_METADATA_BYTES; a payload only where one is due, and then of exactly the length that follows
-from the number of tokens and the form.
+from the number of tokens and the form, or at most that where the form is `packed`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ MAX_REQUESTS = 1 << 16
 MAX_MODEL_LEN = 1 << 24
 MAX_BLOCKS = 1 << 31
 MAX_GROUPS = 64
+MAX_WIDTH = 1 << 20
 
 # Why a stage refuses. `busy` passes; the others need somebody to change something.
 REFUSALS = ("access", "model", "protocol", "memory", "busy", "step", "internal")

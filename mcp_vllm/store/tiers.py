@@ -96,9 +96,12 @@ class Tiers:
         return chunk
 
     async def persist(self, names: Sequence[ChunkKey]) -> bool:
-        """Write these to disk where they are not yet; whether all of them are there then."""
+        """Write these to disk where they are not yet; whether all of them are there then, as good
+        as they are in memory."""
         if self._disk is None:
             return False
+        held = {name: self._ram.get(name) for name in names}
+        losses = {name: None if chunk is None else chunk.loss for name, chunk in held.items()}
         missing, before = list(names), len(names) + 1
         while missing and len(missing) < before:
             for name in missing:
@@ -108,7 +111,7 @@ class Tiers:
             await self._disk.flush()
             before = len(missing)
             # All of them: the disk's policy may have let one go for another.
-            missing = [name for name in names if not self._disk.has_written(name)]
+            missing = [name for name in names if not self._disk.has_written(name, losses[name])]
         return not missing
 
     def touch(

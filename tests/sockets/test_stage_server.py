@@ -31,7 +31,7 @@ from mcp_vllm.split.wire import Kind, Step
 from tests.waiting import wait_for
 
 
-@pytest.mark.parametrize("form", ["raw", "fold", "fp8"])
+@pytest.mark.parametrize("form", ["raw", "packed", "fold", "fp8"])
 def test_a_step_runs_at_the_stage_and_its_rows_come_back(form):
     with running_stage() as stage:
         hello = msgspec.structs.replace(HELLO, form=form)
@@ -40,7 +40,7 @@ def test_a_step_runs_at_the_stage_and_its_rows_come_back(form):
         for number in (1, 2, 3):
             link.begin(number, step_of(5))
             result = link.run(number, [1], rows_of(5)).activations
-            if form == "raw":
+            if form in ("raw", "packed"):
                 assert torch.equal(result.hidden, rows_of(5).hidden + 1)
                 assert torch.equal(result.residual, rows_of(5).residual + 2)
             else:

@@ -7,8 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +277,28 @@ def engine_config(model: str, vllm_args: Sequence[str]) -> VllmConfig:
     return EngineArgs.from_cli_args(args).create_engine_config()
 
 
+def _in_thread(load: Callable[[], None]) -> None:
+    """Run `load` in a thread that ends with it. Raises what it raises.
+
+    A thread that has computed keeps OpenMP threads of its own until it ends, and where there are
+    more of these than cores libgomp's hardly spin: each operation of a step would wake one.
+    """
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            load()
+        except BaseException as error:
+            failures.append(error)
+
+    # A daemon, so that an interrupt need not wait for it.
+    thread = threading.Thread(target=run, name="loader", daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
 def serve_stage(model: str, stage: StageConfig, vllm_args: Sequence[str]) -> None:
     """Load and serve until SIGTERM or SIGINT.
 
@@ -295,10 +316,7 @@ def serve_stage(model: str, stage: StageConfig, vllm_args: Sequence[str]) -> Non
     if stage.http is not None:
         serve_http(Address.parse(stage.http), metrics, backend.ready.is_set)
     threading.Thread(target=server.serve, name="stage", daemon=True).start()
-    # A thread that has computed keeps OpenMP threads of its own until it ends, and where there are
-    # more of these than cores libgomp's hardly spin: each operation of a step would wake one.
-    with ThreadPoolExecutor(1) as loader:
-        loader.submit(backend.load).result()
+    _in_thread(backend.load)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())

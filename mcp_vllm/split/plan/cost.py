@@ -70,9 +70,7 @@ class CostModel:
         self._local = local
         self._stage = stage
         self._link = link
-        # Of a token, both ways.
-        self._step_bytes = 2 * shape.activation_bytes[form]
-        self._coding_s = 2 * shape.activation_s[form]
+        self._form = shape.forms[form]
         self._prefix = cache(self._prefix_sums)
 
     def step_s(self, work: Work, split: Split | None) -> float:
@@ -90,8 +88,8 @@ class CostModel:
             - float(local[end] - local[first])
             + float(remote[end] - remote[first])
             + self._stage.rest_s(work)
-            + self._link.time_s(work.num_tokens * self._step_bytes)
-            + work.num_tokens * self._coding_s
+            + self._link.time_s(2 * work.num_tokens * self._form.token_bytes)
+            + 2 * (work.num_tokens * self._form.token_s + self._form.way_s)
         )
 
     def ttft_s(self, load: Load, split: Split | None) -> float:

@@ -18,7 +18,7 @@ import yaml
 
 from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig
-from mcp_vllm.split.activations import FORMS
+from mcp_vllm.split.activations import EXACT_FORMS, FORMS
 from mcp_vllm.split.errors import SplitError
 from mcp_vllm.split.plan.cost import CostModel, Load
 from mcp_vllm.split.plan.figures import Figures, read_figures
@@ -224,10 +224,15 @@ class TaskPartitioner:
 
 
 def _exactest(plans: Sequence[Plan]) -> Plan:
-    """The first of the plans, which become less exact, that no other one beats by much."""
-    seconds = [
-        math.inf if each.found.best_split is None else each.found.best_split.request_s
-        for each in plans
-    ]
-    quickest = min(seconds) / (1 - _WORTH)
-    return next(plan for plan, each in zip(plans, seconds, strict=True) if each <= quickest)
+    """The first of the plans, which become less exact, that no other one beats by much; of those
+    that change nothing the quickest."""
+    exact = [each for each in plans if each.form in EXACT_FORMS]
+    others = [each for each in plans if each.form not in EXACT_FORMS]
+    candidates = [*([min(exact, key=_request_s)] if exact else []), *others]
+    quickest = min(map(_request_s, candidates)) / (1 - _WORTH)
+    return next(each for each in candidates if _request_s(each) <= quickest)
+
+
+def _request_s(plan: Plan) -> float:
+    best = plan.found.best_split
+    return math.inf if best is None else best.request_s

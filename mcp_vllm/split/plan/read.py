@@ -95,8 +95,7 @@ def shape_of(
         outer_bytes=stored_outer or sum(outer.values()) * kind.itemsize,
         outer_parameters=sum(outer.values()),
         head_flops=2.0 * text.vocab_size * text.hidden_size,
-        activation_bytes={form.name: form.usual_token_bytes for form in forms},
-        activation_s={form.name: form.usual_token_s for form in forms},
+        forms={form.name: form.usual_cost for form in forms},
     )
 
 

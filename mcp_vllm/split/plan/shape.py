@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mcp_vllm.split.activations import FormCost
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
@@ -99,8 +102,7 @@ class ModelShape:
         outer_bytes: weights that always stay local: embedding, last norm, head (tied: once).
         outer_parameters: their number.
         head_flops: of the head, a token whose logits are needed.
-        activation_bytes: a token, one way, by form on the wire (activations.FORMS).
-        activation_s: seconds to encode and decode that.
+        forms: what activations cost, by form on the wire (activations.FORMS).
     """
 
     name: str
@@ -110,8 +112,7 @@ class ModelShape:
     outer_bytes: int
     outer_parameters: int
     head_flops: float
-    activation_bytes: Mapping[str, float]
-    activation_s: Mapping[str, float]
+    forms: Mapping[str, FormCost]
 
     @property
     def num_layers(self) -> int:

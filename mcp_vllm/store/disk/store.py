@@ -267,10 +267,10 @@ class DiskStore:
         present = self._records.get(stored.name)
         if present is None:
             return
-        if present.held_bytes > stored.held_bytes:
-            self._bury(present)  # what is more may be promised to others
-        else:
+        if self.policy.has_room(present.held_bytes):
             self.policy.hold(stored.name, present.held_bytes)
+        else:
+            self._bury(present)  # its room is promised to others, which may have been written
 
     def _append(self, batch: Sequence[StoredFrame], ticks: Sequence[int]) -> list[Record]:
         """Write them into the active segment, or one begun for them; none where that fails."""

@@ -110,9 +110,13 @@ class DiskTier:
             return waiting
         return self._store.find(name)
 
-    def has_written(self, name: ChunkKey) -> bool:
-        """Whether the chunk is in the files, and does not only wait for that."""
-        return name not in self._waiting and self.find(name) is not None
+    def has_written(self, name: ChunkKey, loss: str | None) -> bool:
+        """Whether the chunk is in the files, and does not only wait for that; with no more loss
+        than ``loss``, unless that is None."""
+        held = self.find(name)
+        if held is None or name in self._waiting:
+            return False
+        return loss is None or rank(held.loss) <= rank(loss)
 
     async def flush(self) -> None:
         """Until all that was put so far is written, or refused."""

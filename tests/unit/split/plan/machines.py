@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mcp_vllm.split.activations import FormCost
 from mcp_vllm.split.plan.figures import Figures, LayerTime, StepTime
 from mcp_vllm.split.plan.fit import MachineFit, Rates, Rest
 from mcp_vllm.split.plan.shape import LayerShape, ModelShape, Work
 
-FORMS = {"raw": 2048.0, "packed": 1536.0, "fold": 1024.0, "fp8": 516.0}
-CODING_S = {"raw": 0.0, "packed": 2e-5, "fold": 0.0, "fp8": 0.0}
+FORMS = {
+    "raw": FormCost(2048, 0, 0),
+    "packed": FormCost(1536, 2e-5, 1e-4),
+    "fold": FormCost(1024, 0, 0),
+    "fp8": FormCost(516, 0, 0),
+}
 
 
 def shape_of_layers(
@@ -20,9 +25,7 @@ def shape_of_layers(
     for i in range(num_layers):
         size = weight_bytes * 3 // 2 if i % 3 == 2 else weight_bytes
         layers.append(LayerShape(size // 2, size, float(size), 2048.0, 2048.0, kv_bytes))
-    return ModelShape(
-        "made-up", "bfloat16", 512, tuple(layers), 8 << 20, 4 << 20, 1e6, FORMS, CODING_S
-    )
+    return ModelShape("made-up", "bfloat16", 512, tuple(layers), 8 << 20, 4 << 20, 1e6, FORMS)
 
 
 def machine(speed: float = 1.0, step_s: float = 1e-3) -> MachineFit:

@@ -73,6 +73,18 @@ def test_the_form_is_as_exact_as_the_link_allows(places) -> None:
     assert slow.split_config([STAGE]).form == "fp8"
 
 
+def test_of_the_exact_forms_the_quickest_is_taken(places) -> None:
+    taken = set()
+    for byte_s in (1e-9, 1e-8, 3e-8, 1e-7, 1e-6):
+        link = LinkFit(1e-6, byte_s)
+        plan, raw, packed = (plan_of(places, link, form=f) for f in ("auto", "raw", "packed"))
+        taken.add(plan.form)
+        if plan.form in ("raw", "packed"):
+            quicker = min(raw.found.best_split.request_s, packed.found.best_split.request_s)
+            assert plan.found.best_split.request_s == quicker
+    assert {"raw", "fp8"} <= taken
+
+
 def test_less_cloud_is_less_memory_at_the_stage(places) -> None:
     plan = plan_of(places)
     less = plan.reduce_cloud_load()

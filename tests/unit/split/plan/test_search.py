@@ -29,8 +29,9 @@ def written_out_step_s(model, local, stage, link, work: Work, split, form) -> fl
         seconds += max(compute, read) + rates.layer_s
     if split:
         seconds += stage.rest_s(work)
-        token_s = model.activation_bytes[form] * link.byte_s + model.activation_s[form]
-        seconds += link.rtt_s + 2 * work.num_tokens * token_s
+        cost = model.forms[form]
+        token_s = cost.token_bytes * link.byte_s + cost.token_s
+        seconds += link.rtt_s + 2 * (work.num_tokens * token_s + cost.way_s)
     return seconds
 
 

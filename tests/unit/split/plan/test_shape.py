@@ -95,13 +95,9 @@ def test_a_llama_layer_by_hand() -> None:
     assert shape.outer_parameters == 2 * 100 * 64 + 64
     assert shape.outer_bytes == 2 * shape.outer_parameters
     assert shape.head_flops == 2 * 100 * 64
-    assert shape.activation_bytes == {
-        "raw": 256,
-        "packed": pytest.approx(179.2),
-        "fold": 128,
-        "fp8": 68,
-    }
-    assert [form for form, seconds in shape.activation_s.items() if seconds] == ["packed"]
+    token_bytes = {form: cost.token_bytes for form, cost in shape.forms.items()}
+    assert token_bytes == {"raw": 256, "packed": 192, "fold": 128, "fp8": 68}
+    assert [form for form, cost in shape.forms.items() if cost.token_s or cost.way_s] == ["packed"]
 
 
 def test_float32_doubles_bytes_and_not_flops() -> None:

@@ -140,3 +140,12 @@ async def test_a_chunk_is_not_written_twice(tmp_path: Path, loss: str) -> None:
         await until(lambda: tier.queued_bytes == 0, "the queue to be empty")
         tier.put(stored(1, loss=loss))
         assert bool(tier.queued_bytes) is (loss == "")
+
+
+async def test_a_lossy_chunk_on_disk_is_not_the_exact_one(tmp_path: Path) -> None:
+    async with running(tmp_path) as tier:
+        tier.put(stored(1, loss="small"))
+        assert not tier.has_written(name_of(1), None)
+        await until(lambda: tier.has_written(name_of(1), None), "the write")
+        assert tier.has_written(name_of(1), "small")
+        assert not tier.has_written(name_of(1), "")
