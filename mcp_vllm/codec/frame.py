@@ -222,7 +222,7 @@ def decode_frame_into(
     parts = [source[start:end] for start, end in pairwise(ends)]
     if not header.lossless and _checksum_of_parts(parts) != header.checksum:
         raise ChecksumError(f"the parts of chunk {key.hex()} do not match their checksum")
-    layout = replace(header.layout, kv=kv)
+    layout = header.layout if kv is None else replace(header.layout, kv=kv)
     get_codec(header.codec_name, calibration=calibration).decode_into(parts, target, layout)
     if header.lossless and xxhash.xxh3_128_digest(target) != header.checksum:
         raise ChecksumError(f"decoded bytes of chunk {key.hex()} do not match their checksum")

@@ -60,7 +60,7 @@ class Columns:
     @cached_property
     def decoding_table(self) -> UInt32s:
         table = np.empty(len(self.tables.frequencies) * rans.TABLE_SIZE, np.uint32)
-        rans.build_decoding_table(self.tables.frequencies, table)
+        rans.build_decoding_table(self.tables.frequencies, 0, table)
         return table
 
     def classes_of(self, num_rows: int, shifts: NDArray[np.int8] | None) -> UInt8s:

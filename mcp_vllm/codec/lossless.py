@@ -131,13 +131,15 @@ def _aligned(buffer: memoryview, dtype: Any) -> NDArray[Any]:
 class _Head:
     """What the decoder must know before the first symbol.
 
-    ``grids`` uint8 [unit], ``cell_classes`` uint8 [cell], ``frequencies`` uint16 [class, 256].
+    ``grids`` uint8 [unit], ``cell_classes`` uint8 [cell], ``frequencies`` uint16 [class, symbol
+    from ``first_symbol`` on].
     """
 
     channels: int
     grids: UInt8s
     cell_classes: UInt8s
     frequencies: UInt16s
+    first_symbol: int = 0
 
     def pack(self, level: int) -> bytes:
         present = np.flatnonzero(self.frequencies.any(axis=0))
@@ -154,7 +156,10 @@ class _Head:
 
     @classmethod
     def unpack(cls, part: memoryview, num_symbols: int) -> _Head:
-        """Parse an untrusted head; FrameError unless every index in it can be followed blindly."""
+        """Parse an untrusted head; FrameError unless every index in it can be followed blindly.
+
+        Whether frequencies add up, the decoding table tells.
+        """
         fields = _Fields(_decompress_head(part, num_symbols))
         channels, num_classes, first, last = _HEAD.unpack(fields.take(_HEAD.size))
         if not 1 <= num_classes <= MAX_CLASSES:
@@ -170,13 +175,10 @@ class _Head:
             raise FrameError("lossless part names a class without a table")
         num_present = max(0, last + 1 - first)
         tables = np.frombuffer(fields.take(2 * num_classes * num_present), np.uint16)
-        frequencies = np.zeros((num_classes, 256), np.uint16)
-        frequencies[:, first : first + num_present] = tables.reshape(num_classes, num_present)
-        if (frequencies.sum(axis=1) != rans.TABLE_SIZE).any():
-            raise FrameError("lossless part holds a table that does not add up")
         if fields.remaining:
             raise FrameError("lossless part is longer than its content")
-        return cls(channels, grids, cell_classes, frequencies)
+        frequencies = np.require(tables, requirements="A").reshape(num_classes, num_present)
+        return cls(channels, grids, cell_classes, frequencies, first)
 
 
 class _Fields:
@@ -321,7 +323,8 @@ def _decode_elements(
     classes = _scratch("classes", elements.size)
     cells.spread_classes(head.cell_classes, head.grids, head.channels, classes)
     table = _scratch("table", 4 * len(head.frequencies) * rans.TABLE_SIZE).view(np.uint32)
-    rans.build_decoding_table(head.frequencies, table)
+    if not rans.build_decoding_table(head.frequencies, head.first_symbol, table):
+        raise FrameError("lossless part holds a table that does not add up")
     stream = _aligned(rans_part, np.uint16)
     decoder = rans.Decoder(stream, classes, table, _num_lanes(elements.size))
     if decoder.has_vectors and elements.itemsize == 2:
@@ -330,6 +333,8 @@ def _decode_elements(
     symbols = _scratch("symbols", elements.size)
     if not decoder.rest(symbols):
         raise FrameError("lossless part holds a damaged rANS stream")
+    if first == elements.size:
+        return
     empty = np.empty(0, np.uint8)
     low, middle, high = [*(plane[first:] for plane in residuals), empty, empty, empty][:3]
     _merge(symbols[first:], (low, middle, high), elements[first:])

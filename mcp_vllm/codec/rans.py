@@ -70,17 +70,26 @@ def normalize(counts: UInt32s, frequencies: UInt16s) -> None:
             excess -= change
 
 
-@kernel("(Array(uint16, 2, 'C', readonly=True), uint32[::1])")
-def build_decoding_table(frequencies: UInt16s, table: UInt32s) -> None:
-    """Fill table [class * TABLE_SIZE + slot] from frequencies that sum to TABLE_SIZE per class."""
+@kernel("boolean(Array(uint16, 2, 'C', readonly=True), int64, uint32[::1])")
+def build_decoding_table(frequencies: UInt16s, first_symbol: int, table: UInt32s) -> bool:
+    """Fill table [class * TABLE_SIZE + slot] from frequencies [class, symbol from the first on].
+
+    False, and nothing to rely on, unless those of each class sum to TABLE_SIZE.
+    """
     slot = 0
     for row in range(frequencies.shape[0]):
-        for symbol in range(256):
-            frequency = np.uint32(frequencies[row, symbol])
-            entry = np.uint32(symbol) | ((frequency - _ONE) << _FREQUENCY_SHIFT)
+        total = 0
+        for column in range(frequencies.shape[1]):
+            total += np.int64(frequencies[row, column])
+        if total != TABLE_SIZE:
+            return False
+        for column in range(frequencies.shape[1]):
+            frequency = np.uint32(frequencies[row, column])
+            entry = np.uint32(first_symbol + column) | ((frequency - _ONE) << _FREQUENCY_SHIFT)
             for offset in range(frequency):
                 table[slot] = entry | (np.uint32(offset) << _OFFSET_SHIFT)
                 slot += 1
+    return True
 
 
 def most_words(num_symbols: int) -> int:

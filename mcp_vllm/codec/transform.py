@@ -334,4 +334,4 @@ class SmallCodec(TransformCodec):
 
     name = "small"
     codec_id = 5
-    default_step = 0.007
+    default_step = 0.006

@@ -23,7 +23,7 @@ def coded(size: int, seed: int, num_lanes: int) -> tuple[np.ndarray, ...]:
     frequencies = np.empty((3, 256), np.uint16)
     rans.normalize(counts, frequencies)
     table = np.empty(3 * rans.TABLE_SIZE, np.uint32)
-    rans.build_decoding_table(frequencies, table)
+    assert rans.build_decoding_table(frequencies, 0, table)
     words = np.empty(rans.most_words(size), np.uint16)
     start = rans.encode(symbols, classes, frequencies, num_lanes, words)
     return symbols, classes, table, words[start:].copy()
