@@ -80,7 +80,7 @@ def test_a_stage_takes_as_many_layers_as_memory_has_and_fewer_when_it_has_less(w
         assert "out of memory with layers 1:29: trying 4:26" in log
         ready = re.search(r"stage ready: layers (\d+):(\d+)", log)
         first, end = map(int, ready.groups())
-        # How many fit depends on what vLLM takes beside them on this CPU, and what failed loads left.
+        # How many depends on what vLLM takes beside them on this CPU, and what failed loads left.
         assert 4 < end - first <= 22
         layers = f"{first + 1}:{end - 1}"  # some of those that it holds
         engine = engine_of(wide, **SMALL, mcp_split=split_of(layers, stage.address))
