@@ -24,8 +24,9 @@ PROMPTS = [
     for start in (0, 700, 1400)
 ]
 NUM_TOKENS = 32
-# Least ratio on the wire and least length of the greedy answer that stays the same, on average.
-EXPECTED = {"near-lossless": (2.0, 16), "balanced": (3.5, 8), "small": (5.0, 4)}
+# Least ratio on the wire, and least part of an answer's tokens that are the likeliest ones after
+# the move, too: `mcp-vllm bench quality` has 98, 97 and 94 % (docs/codec.md); here are 96 tokens.
+EXPECTED = {"near-lossless": (2.0, 0.93), "balanced": (3.5, 0.90), "small": (5.0, 0.85)}
 
 
 @pytest.fixture(scope="module", params=list(EXPECTED))
@@ -60,20 +61,23 @@ def codecs_of(host) -> set[str]:
 
 def test_the_answer_is_nearly_the_same_and_the_session_is_marked(pair, tier):
     a, b = urls(pair)
-    ratios, matches = [], []
+    ratios, same = [], []
     for number, prompt in enumerate(PROMPTS):
         complete(a, prompt, 1)
         wait_until_stored(pair, "A")
         exact = complete(a, prompt, NUM_TOKENS)
-        moved = complete(b, prompt, NUM_TOKENS, params={"session_id": f"lossy-{number}"})
+        moved = complete(b, prompt, 1, params={"session_id": f"lossy-{number}"})
         assert moved.params["imported_tokens"] > 0
         ratios.append(moved.params["raw_bytes"] / moved.params["wire_bytes"])
-        same = [ours == theirs for ours, theirs in zip(exact.tokens, moved.tokens, strict=True)]
-        matches.append([*same, False].index(False))
+        same.append(moved.tokens[0] == exact.tokens[0])
+        for known in range(1, NUM_TOKENS):
+            so_far = [*exact.prompt_ids, *exact.tokens[:known]]
+            same.append(complete(b, so_far, 1).tokens[0] == exact.tokens[known])
         pair["B"].wait_until_stored(f"lossy-{number}")
         url = f"{pair['B'].agent_url}/v1/sessions/default/lossy-{number}"
         assert get_json(url)["loss"] == tier
-    print(f"{tier}: ratio {sum(ratios) / len(ratios):.2f}, greedy tokens the same: {matches}")
-    least_ratio, least_match = EXPECTED[tier]
-    assert sum(ratios) / len(ratios) > least_ratio
-    assert sum(matches) / len(matches) >= least_match
+    ratio, share = sum(ratios) / len(ratios), sum(same) / len(same)
+    print(f"{tier}: ratio {ratio:.2f}, {100 * share:.1f} % of {len(same)} tokens the likeliest")
+    least_ratio, least_share = EXPECTED[tier]
+    assert ratio > least_ratio
+    assert share >= least_share
