@@ -80,7 +80,7 @@ def build_decoding_table(frequencies: UInt16s, first_symbol: int, table: UInt32s
     for row in range(frequencies.shape[0]):
         total = 0
         for column in range(frequencies.shape[1]):
-            total += np.int64(frequencies[row, column])
+            total += int(frequencies[row, column])
         if total != TABLE_SIZE:
             return False
         for column in range(frequencies.shape[1]):
