@@ -138,7 +138,7 @@ class StageClient:
         if key not in self._open:
             config = self._config(layers)
             hello = Hello(
-                facts={"layers": config.layers, **(facts or {})},
+                facts=dict(facts or {}),
                 max_model_len=wire.MAX_MODEL_LEN,
                 max_requests=MAX_REQUESTS,
                 max_tokens=self._max_tokens,

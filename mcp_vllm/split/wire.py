@@ -84,7 +84,7 @@ class Hello(msgspec.Struct, frozen=True):
 
     Attributes:
         token: a bearer token, where the stage wants one.
-        facts: what must agree (model, weights, layers, dtypes, block size), as names and values.
+        facts: what must agree (model, weights, dtypes, block size), as names and values.
         max_model_len: tokens a request may have.
         max_requests: requests a step may have.
         max_tokens: tokens a step may have.

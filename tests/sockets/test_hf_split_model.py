@@ -50,8 +50,7 @@ def layers_of(model: LlamaForCausalLM) -> AddingLayers:
         def last_row(self, rows: torch.Tensor) -> torch.Tensor:
             return middle(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1]
 
-    facts = {"layers": "1:4"}
-    return AddingLayers(facts_=facts, client_lease=Lease, dtype=torch.float32)
+    return AddingLayers(facts_={}, layers="1:4", client_lease=Lease, dtype=torch.float32)
 
 
 def split_of(whole: LlamaForCausalLM, client: StageClient) -> LlamaForCausalLM:

@@ -179,7 +179,7 @@ def test_without_a_free_lease_the_client_is_told_so():
 
 def test_other_layers_or_weights_are_refused_by_name():
     with running_stage(layers()) as stage, StageClient(stage.address) as client:
-        with pytest.raises(StageRefused, match="layers: ours is '1:3', theirs is '1:4'"):
+        with pytest.raises(StageRefused, match="layers 1:4 are wanted, this stage holds 1:3"):
             client.execute(input_data=rows(1), layer_range=(1, 4))
         wrong = client.open(RANGE, {"model.weights": "bbbb"})
         with pytest.raises(StageRefused, match=r"model\.weights: ours is 'aaaa', theirs is 'bbbb'"):

@@ -124,7 +124,7 @@ def test_in_a_hurry_a_stage_that_loads_counts_as_lost():
         backend.loaded.set()
 
 
-@pytest.mark.parametrize("fact", ["model.weights", "layers", "block_tokens", "dtype"])
+@pytest.mark.parametrize("fact", ["model.weights", "block_tokens", "dtype"])
 def test_an_engine_with_another_model_is_refused_and_told_the_difference(fact):
     with running_stage() as stage:
         hello = msgspec.structs.replace(HELLO, facts=FACTS | {fact: "other"})

@@ -30,7 +30,7 @@ from mcp_vllm.split.wire import (
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 WIDTH = 8
-FACTS = {"layers": "1:3", "model.weights": "aaaa", "dtype": "bfloat16", "block_tokens": "16"}
+FACTS = {"model.weights": "aaaa", "dtype": "bfloat16", "block_tokens": "16"}
 SPEC = ("FullAttentionSpec", {"block_size": 16})
 KV_INIT = KvInit(num_blocks=8, layout=None, groups=[KvGroup(["layers.1"], SPEC)])
 HELLO = Hello(facts=FACTS, max_model_len=64, max_requests=4, max_tokens=32, form="raw")
@@ -42,6 +42,7 @@ class AddingLayers:
 
     during_step: Callable[[], None] = lambda: None
     max_leases: int = 1
+    layers: str = "1:3"
     facts_: Mapping[str, str] = field(default_factory=lambda: dict(FACTS))
     client_lease: Callable[[AddingLayers], AddingLease] = field(default=lambda b: PagedLease(b))
     dtype: torch.dtype = torch.bfloat16
@@ -60,6 +61,9 @@ class AddingLayers:
     def open(self, hello: Hello) -> AddingLease:
         if len(self.leases) >= self.max_leases:
             raise StageRefused("", "busy", "all leases are taken")
+        if hello.layers not in ("", self.layers):
+            held = f"layers {hello.layers} are wanted, this stage holds {self.layers}"
+            raise StageRefused("", "model", held)
         if hello.is_client:
             lease: AddingLease = self.client_lease(self)
         else:
