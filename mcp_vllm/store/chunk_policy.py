@@ -114,11 +114,6 @@ class ChunkPolicy(SmartCache["ChunkKey"]):
         """Hold a chunk for which there is room, in the budget and in its tenant's quota."""
         self.insert(name, size_bytes, saved_ms=self._saved_ms_of(name), tenant=name.tenant)
 
-    def has_room(self, size_bytes: int) -> bool:
-        """Whether nothing has to leave for one more chunk of so many bytes."""
-        fits = self.held_bytes + size_bytes <= self.budget_bytes
-        return fits and len(self) < self.max_blocks
-
     def evict_over_quota(self, name: ChunkKey, size_bytes: int) -> list[ChunkKey] | None:
         """What has to leave so that its tenant may hold so much more; None: it may not."""
         self._learn_quota(name.tenant)

@@ -214,6 +214,11 @@ class SmartCache(Generic[Key]):
             num_victims = int(make_tenant_room(self._state, row, size_bytes, self._victims))
         return None if num_victims < 0 else self._take_victims(num_victims)
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether nothing has to leave for one more block of so many bytes."""
+        fits = self.held_bytes + size_bytes <= self.budget_bytes
+        return fits and len(self) < self.max_blocks
+
     def insert(
         self,
         key: Key,
@@ -229,9 +234,7 @@ class SmartCache(Generic[Key]):
             McpError: it does not fit into the budget.
         """
         held = self._held_slot(key) >= 0
-        if not held and (
-            self.held_bytes + size_bytes > self.budget_bytes or len(self) >= self.max_blocks
-        ):
+        if not held and not self.has_room(size_bytes):
             raise McpError(
                 f"no room for {size_bytes} bytes: {self.held_bytes} of {self.budget_bytes} bytes "
                 f"and {len(self)} of {self.max_blocks} blocks are held; call evict() first"
