@@ -333,8 +333,6 @@ def _decode_elements(
     symbols = _scratch("symbols", elements.size)
     if not decoder.rest(symbols):
         raise FrameError("lossless part holds a damaged rANS stream")
-    if first == elements.size:
-        return
     empty = np.empty(0, np.uint8)
     low, middle, high = [*(plane[first:] for plane in residuals), empty, empty, empty][:3]
     _merge(symbols[first:], (low, middle, high), elements[first:])
