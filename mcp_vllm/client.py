@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
@@ -45,6 +44,7 @@ from mcp_vllm.session.api import (
 )
 from mcp_vllm.session.cache_api import CacheView
 from mcp_vllm.session.manifest import DEFAULT_TENANT
+from mcp_vllm.unfinished_file import UnfinishedFile
 
 if TYPE_CHECKING:
     from mcp_vllm.split.client import StageClient
@@ -270,7 +270,7 @@ class MCPClient:
 
     def export(self, session_id: str, path: Path) -> None:
         """Write the session to a file; one that an interrupted export left is completed."""
-        unfinished = _Unfinished(path)
+        unfinished = UnfinishedFile(path)
         headers = unfinished.headers()
         url = self._calls.path(session_id, "/export")
         with _no_answer(), self._http.stream("GET", url, headers=headers) as response:
@@ -399,7 +399,7 @@ class AsyncMCPClient:
                     yield msgspec.json.decode(line, type=DrainStep)
 
     async def export(self, session_id: str, path: Path) -> None:
-        unfinished = _Unfinished(path)
+        unfinished = UnfinishedFile(path)
         url, headers = self._calls.path(session_id, "/export"), unfinished.headers()
         with _no_answer():
             async with self._http.stream("GET", url, headers=headers) as response:
@@ -456,32 +456,6 @@ class _Bearer(httpx.Auth):
 async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
     while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
         yield piece
-
-
-class _Unfinished:
-    """The file of an export until it is complete, and the tag of the archive that it belongs to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(f"{path.name}.part")
-        self._tag = path.with_name(f"{path.name}.tag")
-
-    def headers(self) -> dict[str, str]:
-        """What to ask for: the rest of what is here, or everything."""
-        try:
-            size, tag = self._part.stat().st_size, self._tag.read_text()
-        except OSError:
-            return {}
-        return {"Range": f"bytes={size}-", "If-Match": tag} if size else {}
-
-    def open(self, response: httpx.Response) -> Any:
-        mode = "ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb"
-        self._tag.write_text(response.headers.get("ETag", ""))
-        return self._part.open(mode)
-
-    def complete(self) -> None:
-        os.replace(self._part, self._path)
-        self._tag.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,6 @@
 from mcp_vllm.config.address import Address
 from mcp_vllm.config.errors import ConfigError
 from mcp_vllm.config.schema import (
-    AUTO,
-    KNOWN_CODECS,
     AgentConfig,
     CodecConfig,
     Config,
@@ -13,6 +11,7 @@ from mcp_vllm.config.schema import (
     SecurityConfig,
     TenantsConfig,
 )
+from mcp_vllm.config.section import AUTO, KNOWN_CODECS
 
 __all__ = [
     "AUTO",

@@ -13,13 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from mcp_vllm.config import loader
 from mcp_vllm.config.address import Address
-from mcp_vllm.config.schema import (
-    ListenAddress,
-    PeerAddress,
-    Section,
-    TlsConfig,
-    unique,
-)
+from mcp_vllm.config.schema import TlsConfig
+from mcp_vllm.config.section import ListenAddress, PeerAddress, Section, unique
 
 _MIB = 1 << 20
 _GIB = 1 << 30
