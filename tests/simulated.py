@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -242,6 +242,15 @@ class SimulatedEngine:
                 self.events.remove(event)
                 return event
         return None
+
+    async def told_of(self, tenant: str, names: Iterable[bytes]) -> None:
+        """Wait until the agent has told of exactly these: it gathers changes before it does."""
+        expected = set(names)
+        await until(lambda: self._inventory_of(tenant) == expected, f"the inventory of {tenant}")
+
+    def _inventory_of(self, tenant: str) -> set[bytes]:
+        self.take(JobDone, 0)
+        return self.inventory.get(tenant, set())
 
     async def event(self, kind: type, number: int):  # type: ignore[no-untyped-def]
         found = []

@@ -95,7 +95,7 @@ async def test_a_killed_agent_has_its_chunks_and_sessions_again(tmp_path: Path) 
             await engine.connected()
             engine.prepare("next", "alice")
             assert await engine.lookup("next", NAMES) == [1, 1, 1, 1]
-            assert engine.inventory["default"] == set(NAMES)
+            await engine.told_of("default", NAMES)
             done = await engine.load("next", NAMES[:3], [5, 6, 7])
             assert not done.failed
             for number in range(3):
@@ -122,7 +122,7 @@ async def test_what_memory_has_no_room_for_is_served_from_disk(tmp_path: Path) -
             assert len(agent._context.store) < 100
             engine.prepare("r")
             assert await engine.lookup("r", names) == [1] * 200
-            assert engine.inventory["default"] == set(names)
+            await engine.told_of("default", names)
             assert await load_all(engine, names[:40]) == right_bytes(names[:40])
             assert metric(agent, "mcp_agent_loaded_chunks_total", source="disk") >= 30
             # The last ones came up into memory.

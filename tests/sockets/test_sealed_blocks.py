@@ -180,18 +180,12 @@ async def test_the_newest_key_seals_the_older_one_opens_and_a_retired_one_is_a_m
         b._security.reload()
         engine.prepare("later")
         assert await engine.lookup("later", [*NAMES, *keys(9)]) == [0, 0, 0, 0, 1]
-        await until(lambda: inventory_of(engine) == set(keys(9)), "the engine to hear of it")
+        await engine.told_of("default", keys(9))
         seal_keys(tmp_path, "b", "a", name="ba.yaml")
         b._security.reload()
-        await until(lambda: inventory_of(engine) == {*NAMES, *keys(9)}, "the other key again")
+        await engine.told_of("default", [*NAMES, *keys(9)])
     events = [each for each in audit_lines(audit) if each["event"] == "keys"]
     assert [(each["what"], each["result"]) for each in events] == [("seal keys", "replaced")] * 2
-
-
-def inventory_of(engine) -> set[bytes]:
-    """What the engine thinks that its agent can give it."""
-    engine.take(JobDone, 0)
-    return engine.inventory["default"]
 
 
 async def test_a_peers_frame_that_is_not_sealed_is_refused_where_a_key_says_it_must_be(tmp_path):

@@ -38,8 +38,8 @@ async def test_a_tenants_chunks_are_misses_to_every_other(tmp_path):
         engine.prepare("mine", tenant="acme")
         assert await engine.lookup("mine", NAMES, "acme") == [1] * 4
         assert not (await engine.load("mine", NAMES, SOMEWHERE, "acme")).failed
-        await until(lambda: other.take(type(None), 0) or other.inventory, "the inventory")
-        assert other.inventory == {"acme": set(NAMES)}
+        await other.told_of("acme", NAMES)
+        assert set(other.inventory) == {"acme"}
         assert held(agent, "acme") == set(NAMES)
 
 
