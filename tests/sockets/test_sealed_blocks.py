@@ -25,7 +25,6 @@ from throttle import Throttle
 
 from mcp_vllm.agent import wire
 from mcp_vllm.link import protocol
-from mcp_vllm.link.events import JobDone
 from mcp_vllm.security.seals import Seals, is_sealed, key_id_of
 from mcp_vllm.session.manifest import SessionKey
 from mcp_vllm.store.ram import ChunkKey

@@ -3,7 +3,7 @@
 from contextlib import asynccontextmanager
 
 import pytest
-from simulated import SimulatedEngine, address, keys, metric, running_agent, settings, until
+from simulated import SimulatedEngine, address, keys, metric, running_agent, settings
 from simulated_security import SecuredSettings, audit_lines
 from simulated_sessions import CHAINS, NAMES, call, engine_with_session, turn, two_agents
 
