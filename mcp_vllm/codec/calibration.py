@@ -28,6 +28,7 @@ import numpy as np
 from blake3 import blake3
 
 from mcp_vllm.codec.errors import CodecError
+from mcp_vllm.codec.multiply import Panels
 from mcp_vllm.codec.planes import Source
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ class Band:
     frequencies: Float32s
     level_weights: Float32s
     usual_level: Float32s
+
+    @cached_property
+    def analysis_panels(self) -> Panels:
+        """level_weights as the first column, then analysis."""
+        return Panels(np.column_stack([self.level_weights, self.analysis]))
+
+    @cached_property
+    def synthesis_panels(self) -> Panels:
+        return Panels(self.synthesis)
 
     def check(self) -> None:
         """CodecError unless shapes agree and values are finite, so that decoding cannot fault."""

@@ -24,10 +24,12 @@ def kernel(*signatures: str, fuse: bool = False) -> Callable[[Function], Functio
 
     Arrays that a kernel only reads are declared ``Array(type, 1, 'C', readonly=True)`` so that it
     accepts the memory of an immutable frame. ``fuse``: products and sums may be rounded once, not
-    twice.
+    twice. Without a signature, on a machine that can't run it, the function is left as it is.
     """
 
     def compile_function(function: Function) -> Function:
+        if not signatures:
+            return function
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
         if fuse:
             options["fastmath"] = {"contract", "nsz", "reassoc"}

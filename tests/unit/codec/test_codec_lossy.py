@@ -28,6 +28,7 @@ from mcp_vllm.codec import (
     decode_frame_into,
     encode_frame,
     get_codec,
+    integers,
     planes,
     read_header,
 )
@@ -35,6 +36,7 @@ from mcp_vllm.codec import transform as codec_transform
 from mcp_vllm.codec.byte_planes import compressor
 from mcp_vllm.codec.calibration import MAX_LEVEL, Calibration
 from mcp_vllm.codec.errors import FrameError
+from mcp_vllm.codec.transform_plan import NARROWEST, ROUNDING, plan_of
 from mcp_vllm.codec.values import gather, to_float32
 
 KEY = b"chunk"
@@ -88,11 +90,13 @@ def test_a_transform_is_off_by_little_over_half_a_tokens_step_in_each_kept_coeff
             continue
         of_band = np.concatenate([error[:, kv.columns[s]] for s in band.sources], axis=1)
         coefficients = of_band @ band.analysis
-        kept = band.deviation >= codec_transform._NARROWEST * STEP
+        kept = band.deviation >= NARROWEST * STEP
         slack = 0.02 * np.abs(coefficients).max() + 2**-6 * np.abs(band.analysis).max() * 100
         whole = np.concatenate([exact[:, kv.columns[s]] for s in band.sources], axis=1)
-        levels = codec_transform._levels(whole, band)
-        steps = STEP * codec_transform._COARSER[levels + MAX_LEVEL]
+        exact_levels = (whole - band.mean) @ band.level_weights + band.usual_level
+        # One that is half way between two levels may be taken for either.
+        levels = np.clip(np.ceil(exact_levels - 0.499), -MAX_LEVEL, MAX_LEVEL)
+        steps = STEP * 2 ** (levels / 2)
         assert (np.abs(coefficients[:, kept]) <= 0.58 * steps[:, None] + slack).all()
 
 
@@ -271,13 +275,30 @@ def test_tokens_that_spread_more_or_less_than_usual_cost_no_more_bits_than_they_
     values = rows(TOKENS, 0)
     mean = values.mean(axis=0)
     wide = mean + (values - mean) * np.where(np.arange(TOKENS) % 2, 6, 1 / 6)[:, None]
-    sizes = []
-    for moves in (codec_transform._MAX_SHIFT, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(codec_transform, "_MAX_SHIFT", moves)
-            coded = codec.encode_values(wide.astype(np.float32), kv, 16)
-        sizes.append(sum(map(len, coded[1])))
+    plan = plan_of(codec.calibration, kv, codec.step)
+    coefficients, _, shifts = codec_transform._coefficients(
+        wide.astype(np.float32), plan, 16, codec.step
+    )
+    coded = [
+        integers.encode(coefficients, plan.columns, each, ROUNDING)
+        for each in (shifts, np.zeros_like(shifts))
+    ]
+    sizes = [sum(map(len, parts)) for parts in coded]
     assert sizes[0] < 0.9 * sizes[1]
+
+
+def test_coefficients_are_those_that_the_transform_of_tensors_gives():
+    torch = pytest.importorskip("torch")
+    kv = ARRANGEMENTS["token, head, K then V"]
+    values = rows(TOKENS, 0)
+    plan = plan_of(calibration(), kv, STEP)
+    ours, levels, _ = codec_transform._coefficients(values, plan, 16, STEP)
+    (index,) = [n for n, band in enumerate(plan.bands) if not len(band.frequencies)]
+    band, (first, past) = plan.bands[index], plan.kept[index]
+    of_band = np.concatenate([values[:, kv.columns[s]] for s in band.sources], axis=1)
+    theirs = codec_transform.to_coefficients(torch.from_numpy(of_band), band, past - first)
+    steps = STEP * 2.0 ** (levels[:, index, None] / 2)
+    np.testing.assert_allclose(ours[:, first:past] * steps, theirs.numpy(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("place", "least"), [(2, 15), (5, 7)])
