@@ -62,7 +62,8 @@ def check(state: State) -> None:
     free = held[(children[held] == 0) & (records["pins"][held] == 0)]
     assert sorted(leaves.tolist()) == sorted(free.tolist())
     assert (records["leaf"][leaves] == np.arange(len(leaves))).all()
-    assert numbers[layout.NUM_GHOSTS] + len(held) == (state.table >= 0).sum()
+    ghosts = numbers[[layout.NUM_GHOSTS, layout.NUM_PASSING]].sum()
+    assert ghosts + len(held) == (state.table >= 0).sum()
     _check_ages(state)
 
 

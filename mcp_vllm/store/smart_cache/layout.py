@@ -45,7 +45,7 @@ RECORD = np.dtype(
         ("last_use_s", np.float64),
         ("saved_ms", np.float32),
         ("size_bytes", np.int32),
-        ("parent", np.int32),  # held: the slot of its parent; ghost: the ghost before it
+        ("parent", np.int32),  # held: the slot of its parent; ghost: the one of its kind before it
         ("leaf", np.int32),  # held: its place among the leaves; ghost: the ghost after it
         ("children", np.int32),  # those that are held
         ("older", np.int32),  # neighbours of the same age bin; a free slot: the next free one
@@ -66,12 +66,15 @@ RECORD = np.dtype(
 # Places in `State.numbers`.
 (
     NUM_HELD,
-    NUM_GHOSTS,
+    NUM_GHOSTS,  # of those that stay
+    NUM_PASSING,
     NUM_LEAVES,
     NUM_SLOTS_USED,
     FREE_SLOT,
     OLDEST_GHOST,
     NEWEST_GHOST,
+    OLDEST_PASSING,
+    NEWEST_PASSING,
     MAX_HELD,
     MAX_GHOSTS,
     BUDGET_BYTES,
@@ -83,7 +86,7 @@ RECORD = np.dtype(
     NUM_REFRESHES,
     NUM_REQUESTS,
     NUM_NUMBERS,
-) = range(18)
+) = range(21)
 # Places in `State.seconds`; the score of the last block evicted is kept there too.
 NOW, LAST_SCORE, NUM_SECONDS = range(3)
 
@@ -96,7 +99,7 @@ class State(NamedTuple):
     Attributes:
         records: `RECORD`, shape (slots,).
         table: int32, shape (a power of two,): open addressing from fingerprint to slot.
-        leaves: int32, shape (slots,): held, without a held child, not pinned.
+        leaves: int32, shape (max_held,): held, without a held child, not pinned.
         queues: int32, shape (2, NUM_BINS + 1): oldest and youngest record of each age bin.
         hazards: float64, shape (4, NUM_USES, NUM_BINS + 1): reuses seen, records that passed the
             bin, records in it now, and the estimate made of these.
@@ -141,8 +144,8 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
     num_slots = max_held + max_ghosts
     table_size = 1 << max(4, (num_slots * 3 // 2 - 1).bit_length())
     numbers = np.zeros(NUM_NUMBERS, np.int64)
-    numbers[[FREE_SLOT, OLDEST_GHOST, NEWEST_GHOST]] = -1
-    numbers[MAX_HELD], numbers[MAX_GHOSTS] = max_held, max_ghosts
+    numbers[[FREE_SLOT, OLDEST_GHOST, NEWEST_GHOST, OLDEST_PASSING, NEWEST_PASSING]] = -1
+    numbers[MAX_HELD], numbers[MAX_GHOSTS] = max_held, max_ghosts  # of both kinds
     numbers[NUM_REFRESHES] = 1  # no row of rates is of it: zeros take no memory
     numbers[BUDGET_BYTES] = budget_bytes
     tenants = np.zeros((4, max_tenants), np.int64)
@@ -151,7 +154,7 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
     return State(
         records=np.zeros(num_slots, RECORD),
         table=np.full(table_size, -1, np.int32),
-        leaves=np.zeros(num_slots, np.int32),
+        leaves=np.zeros(max_held, np.int32),
         queues=np.full((2, NUM_BINS + 1), -1, np.int32),
         hazards=np.zeros((4, NUM_USES, NUM_BINS + 1)),
         tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),

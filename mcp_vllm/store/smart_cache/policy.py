@@ -32,7 +32,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 # A ghost costs about 80 bytes. A small cache needs many for its size: it learns nothing from what
 # it forgot before it came back.
-MIN_GHOSTS = 3 << 13
+MIN_GHOSTS = 3 << 12
 MAX_TENANTS = 4096
 _NO_TIME = float("inf")
 
@@ -109,7 +109,7 @@ class SmartCache(Generic[Key]):
 
     @property
     def num_ghosts(self) -> int:
-        return int(self._state.numbers[layout.NUM_GHOSTS])
+        return int(self._state.numbers[[layout.NUM_GHOSTS, layout.NUM_PASSING]].sum())
 
     @property
     def evictions(self) -> int:

@@ -1,5 +1,10 @@
 """Slots, their names, and the ghosts: which record stands for which block.
 
+One ghost in four, by its fingerprint, *stays*; the others *pass*: where ghosts are too many and
+more than a third of them pass, the oldest of these go first. Who comes back late is counted by
+those that stay, a fair sample, and what the other blocks of a chain were follows from them
+(`use.py`).
+
 Steps of `SmartCache`; each takes its `State` and changes it in place.
 """
 
@@ -14,12 +19,20 @@ from mcp_vllm.store.smart_cache.layout import (
     HELD,
     MAX_GHOSTS,
     NEWEST_GHOST,
+    NEWEST_PASSING,
     NUM_GHOSTS,
+    NUM_PASSING,
     NUM_SLOTS_USED,
     OLDEST_GHOST,
+    OLDEST_PASSING,
     State,
     step,
 )
+
+# One fingerprint in four has no bit from there on.
+_SAMPLED_SHIFT = np.uint64(62)
+# Of so many ghosts one may be of those that pass, when there are too many.
+PASSING_PART = 3
 
 
 @step
@@ -60,53 +73,77 @@ def find_or_add(state: State, fingerprint: np.uint64) -> int:
 
 
 @step
+def _place(state: State, slot: int) -> tuple[int, int, int]:
+    """Where in `State.numbers` are how many ghosts of this one's kind there are, the oldest and
+    the newest."""
+    if state.records[slot].fingerprint >> _SAMPLED_SHIFT:
+        return NUM_PASSING, OLDEST_PASSING, NEWEST_PASSING
+    return NUM_GHOSTS, OLDEST_GHOST, NEWEST_GHOST
+
+
+@step
 def become_ghost(state: State, slot: int) -> None:
     """Append a record that is not held to the ghosts."""
     record = state.records[slot]
-    newest = state.numbers[NEWEST_GHOST]
-    record.parent = newest
+    number, oldest, newest = _place(state, slot)
+    before = state.numbers[newest]
+    record.parent = before
     record.leaf = -1
-    if newest >= 0:
-        state.records[newest].leaf = slot
+    if before >= 0:
+        state.records[before].leaf = slot
     else:
-        state.numbers[OLDEST_GHOST] = slot
-    state.numbers[NEWEST_GHOST] = slot
-    state.numbers[NUM_GHOSTS] += 1
+        state.numbers[oldest] = slot
+    state.numbers[newest] = slot
+    state.numbers[number] += 1
 
 
 @step
 def stop_being_ghost(state: State, slot: int) -> None:
     """Take a record out of the ghosts; it is about to be held, or forgotten."""
     record = state.records[slot]
+    number, oldest, newest = _place(state, slot)
     before, after = record.parent, record.leaf
     if before >= 0:
         state.records[before].leaf = after
     else:
-        state.numbers[OLDEST_GHOST] = after
+        state.numbers[oldest] = after
     if after >= 0:
         state.records[after].parent = before
     else:
-        state.numbers[NEWEST_GHOST] = before
+        state.numbers[newest] = before
     record.parent = -1
     record.leaf = -1
-    state.numbers[NUM_GHOSTS] -= 1
+    state.numbers[number] -= 1
 
 
 @step
 def forget_ghosts(state: State, num_wanted: int) -> None:
-    """Drop the oldest ghosts until there are slots for `num_wanted` more records.
+    """Drop the oldest ghosts until there are slots for `num_wanted` more records."""
+    staying, passing = state.numbers[NUM_GHOSTS], state.numbers[NUM_PASSING]
+    most = state.numbers[MAX_GHOSTS]
+    too_many = staying + passing + num_wanted - most
+    if too_many > 0:
+        # Most of the new ones will pass, too.
+        allowed = max(0, most // PASSING_PART - num_wanted)
+        of_passing = min(too_many, max(0, passing - allowed))
+        _forget_oldest(state, OLDEST_PASSING, passing, of_passing)
+        _forget_oldest(state, OLDEST_GHOST, staying, too_many - of_passing)
 
-    A ghost with a held child (which came without its parent) goes round once more.
-    """
-    for _ in range(state.numbers[NUM_GHOSTS]):
-        if state.numbers[NUM_GHOSTS] + num_wanted <= state.numbers[MAX_GHOSTS]:
+
+@step
+def _forget_oldest(state: State, oldest: int, number: int, num_unwanted: int) -> None:
+    """Of `number` ghosts. One with a held child (which came without its parent) goes round once
+    more."""
+    for _ in range(number):
+        if num_unwanted <= 0:
             return
-        ghost = state.numbers[OLDEST_GHOST]
+        ghost = state.numbers[oldest]
         if state.records[ghost].children:
             stop_being_ghost(state, ghost)
             become_ghost(state, ghost)
         else:
             forget(state, ghost)
+            num_unwanted -= 1
 
 
 @step

@@ -67,10 +67,13 @@ def use_chain(
     output = OUTPUT_NOT_KNOWN
     if num_output_tokens >= 0:
         output = octave(num_output_tokens, 8.0, OUTPUT_NOT_KNOWN - 1)
+    deeper = 0  # uses of a deeper block: this one, though it be forgotten, had as many
     for depth in range(length - 1, -1, -1):
         slot = slots[depth]
         record = state.records[slot]
         if record.uses == 0 or record.last_use_s < since_s:
+            deeper = max(int(record.uses), deeper)
+            record.uses = deeper
             if record.flags & COUNTED:
                 note_reuse(state, slot)
             record.uses = min(int(record.uses) + 1, MOST)
@@ -92,18 +95,20 @@ def use_chain(
 def _known_and_held(
     state: State, fingerprints: NDArray[np.uint64], since_s: float
 ) -> tuple[int, int]:
-    """How many leading blocks were used before this request, and how many are held."""
+    """How many leading blocks were used before this request, and how many are held.
+
+    Those before a block that is known are, too, though they be forgotten.
+    """
     num_known = num_held = 0
-    knows = holds = True
     for depth in range(len(fingerprints)):
         slot = find(state, fingerprints[depth])
         if slot < 0:
-            break
+            continue
         record = state.records[slot]
-        knows = knows and (record.uses > 1 or (record.uses == 1 and record.last_use_s < since_s))
-        holds = holds and record.flags & HELD != 0
-        num_known += knows
-        num_held += holds
+        if record.uses > 1 or (record.uses == 1 and record.last_use_s < since_s):
+            num_known = depth + 1
+        if num_held == depth and record.flags & HELD:
+            num_held = depth + 1
     return num_known, num_held
 
 

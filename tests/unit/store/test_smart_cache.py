@@ -360,3 +360,33 @@ def test_blocks_whose_chains_contradict_each_other_can_leave_all_the_same(chains
     assert made.evict(10_000, 64) is not None
     assert len(made) == 0
     made.check_integrity()
+
+
+def test_of_what_left_long_ago_one_in_four_is_remembered_and_of_what_left_lately_all():
+    made = cache(budget_bytes=4, max_blocks=4, max_ghosts=900)
+    keys = fill(made, 10_000)
+    assert 890 < made.num_ghosts <= 900
+    made.check_integrity()
+    lately, before = keys[-250:], keys[-1500:-500]
+    assert all(made.explain(key) for key in lately)
+    remembered = sum(made.explain(key) is not None for key in before)
+    assert 0.2 < remembered / len(before) < 0.3
+
+
+def test_what_was_forgotten_of_a_chain_follows_from_what_is_remembered_of_it():
+    made = cache(budget_bytes=4, max_blocks=4, max_ghosts=900)
+    chain = list(range(100))
+    made.access(chain)
+    later(made, 1.0)
+    made.access(chain)
+    later(made, 1.0)
+    fill(made, 2000)
+    known = [made.explain(key) is not None for key in chain]
+    assert 10 < sum(known) < 40
+    made.access(chain)
+    deepest = max(key for key in chain if known[key])
+    for key in chain:
+        explained = made.explain(key)
+        assert explained is not None
+        assert (explained.uses, explained.turn) == (3 if key <= deepest else 1, 3)
+    made.check_integrity()
