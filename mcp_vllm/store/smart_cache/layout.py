@@ -99,7 +99,7 @@ class State(NamedTuple):
     Attributes:
         records: `RECORD`, shape (slots,).
         table: int32, shape (a power of two,): open addressing from fingerprint to slot.
-        leaves: int32, shape (max_held,): held, without a held child, not pinned.
+        leaves: int32, shape (slots,): held, without a held child, not pinned.
         queues: int32, shape (2, NUM_BINS + 1): oldest and youngest record of each age bin.
         hazards: float64, shape (4, NUM_USES, NUM_BINS + 1): reuses seen, records that passed the
             bin, records in it now, and the estimate made of these.
@@ -154,7 +154,7 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
     return State(
         records=np.zeros(num_slots, RECORD),
         table=np.full(table_size, -1, np.int32),
-        leaves=np.zeros(max_held, np.int32),
+        leaves=np.zeros(num_slots, np.int32),
         queues=np.full((2, NUM_BINS + 1), -1, np.int32),
         hazards=np.zeros((4, NUM_USES, NUM_BINS + 1)),
         tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),
