@@ -1,9 +1,8 @@
 """Slots, their names, and the ghosts: which record stands for which block.
 
-One ghost in four, by its fingerprint, *stays*; the others *pass*: where ghosts are too many and
-more than a third of them pass, the oldest of these go first. Who comes back late is counted by
-those that stay, a fair sample, and what the other blocks of a chain were follows from them
-(`use.py`).
+One ghost in two, by its fingerprint, *stays*; the others *pass*: where ghosts are too many and more
+than an eighth of them pass, the oldest of these go first. Who comes back late is counted by those
+that stay, a fair sample, and what the other blocks of a chain were follows from them (`use.py`).
 
 Steps of `SmartCache`; each takes its `State` and changes it in place.
 """
@@ -29,10 +28,10 @@ from mcp_vllm.store.smart_cache.layout import (
     step,
 )
 
-# One fingerprint in four has no bit from there on.
-_SAMPLED_SHIFT = np.uint64(62)
+# One fingerprint in two has no bit from there on.
+_SAMPLED_SHIFT = np.uint64(63)
 # Of so many ghosts one may be of those that pass, when there are too many.
-PASSING_PART = 3
+PASSING_PART = 8
 
 
 @step
@@ -123,8 +122,8 @@ def forget_ghosts(state: State, num_wanted: int) -> None:
     most = state.numbers[MAX_GHOSTS]
     too_many = staying + passing + num_wanted - most
     if too_many > 0:
-        # Most of the new ones will pass, too.
-        allowed = max(0, most // PASSING_PART - num_wanted)
+        # Half of the new ones will pass, too.
+        allowed = max(0, most // PASSING_PART - num_wanted // 2)
         of_passing = min(too_many, max(0, passing - allowed))
         _forget_oldest(state, OLDEST_PASSING, passing, of_passing)
         _forget_oldest(state, OLDEST_GHOST, staying, too_many - of_passing)
