@@ -25,10 +25,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from gigabit_link import FarPlace, NoNetwork, far_place
 from rich.console import Console
 from rich.table import Table
 from setting import one_line
-from shaped_link import FarPlace, NoNetwork, far_place
 
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.demo.engines import default_environment
