@@ -33,10 +33,11 @@ raises CodecError only and allocates within that bound.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
+import msgspec
 import xxhash
 
 from mcp_vllm.codec.base import MAX_PARTS, Codec, RawCodec, flat_bytes
@@ -65,8 +66,7 @@ FRAME_PREFIX_SIZE = (
 )
 
 
-@dataclass(frozen=True)
-class FrameHeader:
+class FrameHeader(msgspec.Struct, frozen=True):
     """What a frame says about itself. Sizes are in bytes.
 
     ``checksum`` is of the raw bytes where ``lossless``, else of the parts. ``layout`` is what the

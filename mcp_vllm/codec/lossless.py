@@ -167,11 +167,11 @@ class _Head:
         if channels != cells.unit_channels(channels, num_symbols):
             raise FrameError(f"lossless part declares {channels} channels")
         grids = np.frombuffer(fields.take(cells.num_units(num_symbols, channels)), np.uint8)
-        if grids.max(initial=0) >= cells.NUM_GRIDS:
+        if not cells.all_below(grids, cells.NUM_GRIDS):
             raise FrameError("lossless part names an unknown grid")
         num_cells = cells.num_cells(grids, channels, num_symbols)
         cell_classes = np.frombuffer(fields.take(num_cells), np.uint8)
-        if cell_classes.max(initial=0) >= num_classes:
+        if not cells.all_below(cell_classes, num_classes):
             raise FrameError("lossless part names a class without a table")
         num_present = max(0, last + 1 - first)
         tables = np.frombuffer(fields.take(2 * num_classes * num_present), np.uint16)
@@ -333,9 +333,10 @@ def _decode_elements(
     symbols = _scratch("symbols", elements.size)
     if not decoder.rest(symbols):
         raise FrameError("lossless part holds a damaged rANS stream")
-    empty = np.empty(0, np.uint8)
-    low, middle, high = [*(plane[first:] for plane in residuals), empty, empty, empty][:3]
-    _merge(symbols[first:], (low, middle, high), elements[first:])
+    if first < elements.size:
+        empty = np.empty(0, np.uint8)
+        low, middle, high = [*(plane[first:] for plane in residuals), empty, empty, empty][:3]
+        _merge(symbols[first:], (low, middle, high), elements[first:])
 
 
 def _decode_residual(part: memoryview, num_symbols: int) -> UInt8s:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from annotated_types import Ge, Le, MaxLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
@@ -49,6 +49,7 @@ top level has an option of the same name, which wins). An unknown key is an erro
 _TYPE_NAMES: dict[object, str] = {
     bool: "true or false",
     int: "integer",
+    float: "number",
     str: "text",
     ByteSize: "size",
     Path: "path",
@@ -121,8 +122,12 @@ def _bounds(field: FieldInfo) -> str:
     for bound in field.metadata:
         if isinstance(bound, Ge):
             words.append(f"at least {_number(bound.ge, size)}")
+        elif isinstance(bound, Gt):
+            words.append(f"more than {_number(bound.gt, size)}")
         elif isinstance(bound, Le):
             words.append(f"at most {_number(bound.le, size)}")
+        elif isinstance(bound, Lt):
+            words.append(f"less than {_number(bound.lt, size)}")
         elif isinstance(bound, MaxLen):
             words.append(f"at most {bound.max_length} items")
     return ", ".join(words)

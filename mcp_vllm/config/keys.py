@@ -4,6 +4,7 @@ The loader, the generated documentation and `mcp-vllm config` all walk the schem
 that a key is known everywhere or nowhere.
 """
 
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,9 +39,12 @@ class Key:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The nested model that `field` holds, or None when it holds a plain value."""
+    """The nested model that `field` holds, or may hold; None when it holds a plain value."""
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    is_optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(kind) if is_optional else (kind,)
+    nested = (each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel))
+    return next(nested, None)
 
 
 def keys_of(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:

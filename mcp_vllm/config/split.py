@@ -50,6 +50,20 @@ Layers = Annotated[str, AfterValidator(_layers)]
 LayersOrAuto = Annotated[str, AfterValidator(_layers_or_auto)]
 
 
+class NoiseConfig(Section):
+    """Noise on what is sent, as local differential privacy has it (docs/privacy.md says what it
+    gives, and what it costs). What each request has spent is logged when it ends."""
+
+    clip_norm: float = Field(gt=0, allow_inf_nan=False)
+    """L2 norm that the hidden state of no token exceeds: longer ones are scaled down."""
+
+    row_epsilon: float = Field(gt=0, allow_inf_nan=False)
+    """Epsilon of one token's hidden state, at `delta`: the smaller, the more noise."""
+
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Of a token, and of a request."""
+
+
 class SplitConfig(Section):
     """The engine's side of a layer split: which layers run elsewhere, where, and how patiently."""
 
@@ -72,6 +86,9 @@ class SplitConfig(Section):
     stage_dtype: Literal["float16", "bfloat16"] | None = None
     """What the stages compute in, where that is another 16-bit type than the engine's `--dtype`;
     unset: the same. Activations travel in the engine's."""
+
+    noise: NoiseConfig | None = None
+    """Clip activations and add Gaussian noise before they are sent; unset: none."""
 
     local_fallback: bool = True
     """Load the layers into this engine when no stage is left."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.errors import SplitError
 
 
@@ -112,6 +113,24 @@ class NoisySessions:
     def epsilon(self, session: str) -> float:
         """What the session has spent so far, rows that were sent again not counted twice."""
         return self._noise.epsilon(self._num_rows[session])
+
+
+def noisy_batch(
+    sessions: NoisySessions, activations: Activations, counts: Mapping[str, int]
+) -> Activations:
+    """What an engine sends of a step: the rows, clipped and noisy, and a residual of zeros.
+
+    The next layer's norm adds hidden and residual, so their sum is what a row tells.
+
+    Args:
+        counts: rows of each request, in their order.
+    """
+    hidden, residual = activations.hidden, activations.residual
+    wide = hidden.float() if residual is None else hidden.float() + residual.float()
+    parts = torch.split(wide, list(counts.values()))
+    rows = torch.cat(list(sessions.add(dict(zip(counts, parts, strict=True))).values()))
+    zeros = None if residual is None else torch.zeros_like(residual)
+    return Activations(rows.to(hidden.device, hidden.dtype), zeros)
 
 
 def _standard_normal(shape: torch.Size) -> torch.Tensor:

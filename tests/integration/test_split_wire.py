@@ -1,13 +1,21 @@
 """What a stage gets to see: no token ids, no text, no sampling parameters, no names."""
 
 import random
+import re
 import struct
 
 import msgspec
 import pytest
 
 from tests.integration.split_engine import Request
-from tests.integration.split_parts import Proxy, engine_of, play, split_of, stage_of
+from tests.integration.split_parts import (
+    Proxy,
+    assert_same_or_near_tie,
+    engine_of,
+    play,
+    split_of,
+    stage_of,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -69,6 +77,28 @@ def test_the_wire_carries_no_tokens_text_or_sampling_parameters(gemma_model):
     secret = secrets(prompts, answers)
     assert leaks(secret, seen) == []
     assert leaks(secret, log) == []
+
+
+def test_noise_changes_what_is_sent_by_no_more_than_asked_and_is_accounted(gemma_model):
+    rng = random.Random(5)
+    made = [
+        Request([rng.randrange(1000, 60_000) for _ in range(40 + 20 * i)], 16) for i in range(3)
+    ]
+    noise = {"clip_norm": 1e6, "row_epsilon": 1e21}  # far below the last bit of any activation
+    with stage_of(gemma_model, "6:12") as stage:
+        stage.wait_ready()
+        folded, noisy = (
+            play(
+                engine_of(gemma_model, mcp_split=split_of("6:12", stage.address, **settings)),
+                made,
+            )
+            for settings in ({"form": "fold"}, {"noise": noise})
+        )
+    assert_same_or_near_tie(noisy.answers[0], folded.answers[0])
+    spent = re.findall(r"request \S+ spent epsilon (\S+)", noisy.log)
+    # The last request's end is told with the next step, of which there is none.
+    assert len(spent) == len(made) - 1
+    assert all(float(each) > 1e21 for each in spent)
 
 
 def test_a_leak_would_be_found():

@@ -41,6 +41,7 @@ from mcp_vllm.split.engine.support import (
 from mcp_vllm.split.engine.takeover import AtStage, Takeover
 from mcp_vllm.split.errors import SplitError, StageLost
 from mcp_vllm.split.link import Link, Stages
+from mcp_vllm.split.noise import ActivationNoise, NoisySessions, noisy_batch
 from mcp_vllm.split.replan import Change, DecodeStep, Replanner
 from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Hello, Step
@@ -76,6 +77,9 @@ class SplitExecutor(UniProcExecutor):
         self._nearest = ""
         self._number = 0
         self._step: Step | None = None
+        self._counts: dict[str, int] = {}
+        noise = self._split.noise
+        self._noise = NoisySessions(ActivationNoise(**noise.model_dump())) if noise else None
         with building(self._plan):
             super()._init_executor()
         self._plan.gate.exchange = self._exchange
@@ -119,6 +123,7 @@ class SplitExecutor(UniProcExecutor):
             self._move(self._change)
         if self._link is None and self._held.span is not None:
             self._take_over(scheduler_output)
+        self._account(scheduler_output)
         self._begin(scheduler_output)
         started = time.perf_counter()
         try:
@@ -157,6 +162,15 @@ class SplitExecutor(UniProcExecutor):
         except StageLost as error:
             self._lost = error
 
+    def _account(self, output: SchedulerOutput) -> None:
+        """What each request spends of its privacy, where noise is asked for."""
+        self._counts = output.num_scheduled_tokens
+        if self._noise is None:
+            return
+        for req_id in output.finished_req_ids:
+            logger.info("request %s spent epsilon %.4g", req_id, self._noise.epsilon(req_id))
+            self._noise.forget(req_id)
+
     def _exchange(self, activations: Activations) -> Activations:
         """The span's work, called by the model in the middle of a step.
 
@@ -168,9 +182,12 @@ class SplitExecutor(UniProcExecutor):
             return activations  # profiling: no step is in flight
         num_tokens = self._step.num_tokens
         runner = self.driver_worker.worker.model_runner
-        order = self._encoder.order(runner.input_batch.req_ids)
+        req_ids = runner.input_batch.req_ids
+        order = self._encoder.order(req_ids)
         hidden, residual = activations.hidden, activations.residual
         used = Activations(hidden[:num_tokens], None if residual is None else residual[:num_tokens])
+        if self._noise is not None:
+            used = noisy_batch(self._noise, used, {each: self._counts[each] for each in req_ids})
         started = time.perf_counter()
         answer = self._link.run(self._number, order, used)
         self._answered = answer.stage_s, time.perf_counter() - started

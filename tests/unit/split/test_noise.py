@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_vllm.split.noise import ActivationNoise
+from mcp_vllm.split.activations import Activations
+from mcp_vllm.split.noise import ActivationNoise, NoisySessions, noisy_batch
 
 
 @given(st.floats(1e-3, 1e5), st.floats(1e-12, 0.5), st.floats(1e-3, 1e4))
@@ -49,3 +50,23 @@ def test_rows_are_clipped_to_the_norm_and_short_ones_left_alone():
 def test_settings_that_protect_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ActivationNoise(**{"clip_norm": 1.0, "row_epsilon": 1.0, **wrong})
+
+
+def test_a_batch_is_sent_as_noisy_sums_and_each_request_pays_for_its_rows():
+    sessions = NoisySessions(ActivationNoise(clip_norm=100.0, row_epsilon=1e12))
+    hidden = torch.arange(12.0).reshape(4, 3).bfloat16()
+    residual = torch.ones(4, 3).bfloat16()
+    sent = noisy_batch(sessions, Activations(hidden, residual), {"a": 1, "b": 3})
+    assert sent.residual is not None
+    assert not sent.residual.any()
+    assert sent.hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(sent.hidden, hidden + 1, atol=0.1, rtol=0)
+    noise = ActivationNoise(clip_norm=100.0, row_epsilon=1e12)
+    assert [sessions.epsilon(each) for each in "ab"] == [noise.epsilon(1), noise.epsilon(3)]
+
+
+def test_a_batch_without_a_residual_is_sent_without_one_and_noisy():
+    sessions = NoisySessions(ActivationNoise(clip_norm=1.0, row_epsilon=1.0))
+    sent = noisy_batch(sessions, Activations(torch.zeros(2, 500), None), {"a": 2})
+    assert sent.residual is None
+    assert float(sent.hidden.std()) == pytest.approx(ActivationNoise(1.0, 1.0).sigma, rel=0.1)
