@@ -43,13 +43,12 @@ class Blocks:
         rows = whole_rows(num_rows)
         blocks = np.empty(rows * self.num_columns, np.float32)
         if rows > num_rows:
-            for block in self.each(blocks):
+            for block in self.each(blocks, rows):
                 block[num_rows:] = 0
         return blocks
 
-    def each(self, blocks: Float32s) -> list[Float32s]:
-        """Views [row, column], one for each band."""
-        rows = len(blocks) // self.num_columns
+    def each(self, blocks: Float32s, rows: int) -> list[Float32s]:
+        """Views [row, column], one for each band; of whole tiles of rows."""
         return [
             blocks[rows * start : rows * (start + width)].reshape(rows, width)
             for start, width in self.places.tolist()

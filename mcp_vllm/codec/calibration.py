@@ -46,6 +46,10 @@ MAX_BAND_CHANNELS = 4096
 MAX_LEVEL = 3
 MAX_FILE_BYTES = 4 << 30
 _MAX_DESCRIPTION_BYTES = 16 << 20
+# RuntimeError: of members that are encrypted, or nested too deeply.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile)
+# What is restored stays finite, whatever a frame says: 2^19 steps of up to 3e6, 4096 terms.
+_LARGEST = 1e20
 _ARRAYS = (
     "mean",
     "analysis",
@@ -96,6 +100,10 @@ class Band:
     def synthesis_panels(self) -> Panels:
         return Panels(self.synthesis)
 
+    def pack(self) -> None:
+        """Make both panels now."""
+        _ = self.analysis_panels, self.synthesis_panels
+
     def check(self) -> None:
         """CodecError unless shapes agree and values are finite, so that decoding cannot fault."""
         channels, coefficients = self.analysis.shape if self.analysis.ndim == 2 else (0, 0)
@@ -115,9 +123,10 @@ class Band:
             raise CodecError(f"calibration band {self.sources[:1]} has arrays of wrong shapes")
         for name in _ARRAYS:
             values = getattr(self, name)
-            if values.dtype != np.float32 or not np.isfinite(values).all():
+            if values.dtype != np.float32 or not (np.abs(values) <= _LARGEST).all():
                 raise CodecError(
-                    f"calibration band {self.sources[0]} has a {name} that is no float"
+                    f"calibration band {self.sources[0]} has a {name} that is no float, or one "
+                    f"above {_LARGEST:g}"
                 )
         if (np.diff(self.deviation) > 0).any() or self.deviation[-1] < 0:
             raise CodecError(f"calibration band {self.sources[0]}: deviations do not fall")
@@ -146,7 +155,8 @@ class Calibration:
         sources = [source for band in self.bands for source in band.sources]
         if not sources or len(set(sources)) != len(sources):
             raise CodecError("a calibration needs bands, and each head in one of them only")
-        falls = self.tail.shape == (self.TAIL_POINTS,) and (np.diff(self.tail) <= 0).all()
+        is_plain = self.tail.shape == (self.TAIL_POINTS,) and self.tail.dtype == np.float32
+        falls = is_plain and (np.diff(self.tail) <= 0).all()
         if not falls or self.tail[0] > 1 or self.tail[-1] < 0:
             raise CodecError("the tail of a calibration must fall from 1 to 0")
 
@@ -187,10 +197,13 @@ class Calibration:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise CodecError(f"calibration {path} is larger than {MAX_FILE_BYTES} bytes")
             with zipfile.ZipFile(path) as members:
-                return cls._of(members)
+                calibration = cls._of(members)
+            for band in calibration.bands:
+                band.pack()  # not while the first chunk waits
+            return calibration
         except CodecError as error:
             raise CodecError(f"calibration {path} is not usable: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise CodecError(
                 f"cannot read the calibration {path}: {error}; make it anew with"
                 " `mcp-vllm codec calibrate MODEL`"

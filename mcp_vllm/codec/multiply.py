@@ -169,10 +169,15 @@ def _multiply_tile(
     return types.void(factors, num_terms, panel, out, out_stride), generate
 
 
-@kernel("(Array(float32, 2, 'C', readonly=True), Array(float32, 3, 'C', readonly=True),"
+@kernel("boolean(Array(float32, 2, 'C', readonly=True), Array(float32, 3, 'C', readonly=True),"
         " float32[:,::1])")  # fmt: skip
-def _multiply(factors: Float32s, panels: Float32s, out: Float32s) -> None:
-    """out = factors @ the first terms and panels of a matrix; whole tiles only."""
+def _multiply(factors: Float32s, panels: Float32s, out: Float32s) -> bool:
+    """out = factors @ the first terms and panels of a matrix; whole tiles only.
+
+    False where the panels are for other tiles than this code, which came from another machine.
+    """
+    if panels.shape[2] != PANEL_COLUMNS:
+        return False
     num_terms = factors.shape[1]
     for panel in range(out.shape[1] // PANEL_COLUMNS):
         for row in range(0, factors.shape[0] - (ROWS - 1), ROWS):
@@ -183,6 +188,7 @@ def _multiply(factors: Float32s, panels: Float32s, out: Float32s) -> None:
                 out[row:].reshape(-1)[panel * PANEL_COLUMNS :],
                 out.shape[1],
             )
+    return True
 
 
 def whole_rows(num_rows: int) -> int:
@@ -200,11 +206,11 @@ class Panels:
 
     def __init__(self, matrix: Float32s) -> None:
         num_terms, num_columns = matrix.shape
-        whole = np.zeros((num_terms, whole_columns(num_columns)), np.float32)
-        whole[:, :num_columns] = matrix
-        num_panels = whole.shape[1] // PANEL_COLUMNS
-        by_term = whole.reshape(num_terms, num_panels, PANEL_COLUMNS)
-        self._panels = np.ascontiguousarray(by_term.transpose(1, 0, 2))
+        num_panels = whole_columns(num_columns) // PANEL_COLUMNS
+        self._panels = np.zeros((num_panels, num_terms, PANEL_COLUMNS), np.float32)
+        for number, panel in enumerate(self._panels):
+            columns = matrix[:, number * PANEL_COLUMNS : (number + 1) * PANEL_COLUMNS]
+            panel[:, : columns.shape[1]] = columns
 
     def multiply(self, factors: Float32s, out: Float32s) -> None:
         """out = factors @ matrix[:terms, :columns], of the first terms and columns as
@@ -223,6 +229,6 @@ class Panels:
             raise ValueError(f"no product of {factors.shape} with {out.shape} by these panels")
         if numba.config.DISABLE_JIT:
             panels = self._panels[: out.shape[1] // PANEL_COLUMNS, : factors.shape[1]]
-            out[:] = factors @ panels.transpose(1, 0, 2).reshape(factors.shape[1], -1)
-        else:
-            _multiply(factors, self._panels, out)
+            out[:] = factors @ panels.transpose(1, 0, 2).reshape(factors.shape[1], out.shape[1])
+        elif not _multiply(factors, self._panels, out):
+            raise ValueError("numba's cache holds code for another CPU: set NUMBA_CACHE_DIR")

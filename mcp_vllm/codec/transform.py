@@ -146,9 +146,8 @@ def _coefficients(
     angles = plan.angles(first_token, num_tokens)
     bands.take_out(values, plan.spans, plan.means, *angles, plan.channels.places, num_rows, factors)
     products = np.empty(num_rows * plan.products.num_columns, np.float32)
-    for band, *blocks in zip(
-        plan.bands, plan.channels.each(factors), plan.products.each(products), strict=True
-    ):
+    of_bands = plan.channels.each(factors, num_rows), plan.products.each(products, num_rows)
+    for band, *blocks in zip(plan.bands, *of_bands, strict=True):
         band.analysis_panels.multiply(*blocks)
     coefficients = np.empty((num_tokens, plan.num_kept), np.float32)
     levels, shifts = np.empty((2, num_tokens, len(plan.bands)), np.int8)
@@ -174,9 +173,8 @@ def _values(
     coarser = np.float32(step) * _COARSER
     bands.spread(steps, levels, coarser, plan.coefficients.places, num_rows, factors)
     restored = np.empty(num_rows * plan.restored.num_columns, np.float32)
-    for band, *blocks in zip(
-        plan.bands, plan.coefficients.each(factors), plan.restored.each(restored), strict=True
-    ):
+    of_bands = plan.coefficients.each(factors, num_rows), plan.restored.each(restored, num_rows)
+    for band, *blocks in zip(plan.bands, *of_bands, strict=True):
         band.synthesis_panels.multiply(*blocks)
     values = np.empty((num_tokens, num_channels), np.float32)
     angles = plan.angles(first_token, num_tokens)

@@ -1,7 +1,4 @@
-"""What of a calibration applies to the chunks of one layout, at one step.
-
-Which coefficients are kept, and their tables, follow from the calibration and the step alone.
-"""
+"""What of a calibration applies to the chunks of one layout, at one step."""
 
 from __future__ import annotations
 
@@ -129,8 +126,8 @@ def _bands_of(calibration: Calibration, layout: KVLayout) -> tuple[Band, ...]:
     columns = layout.columns
     bands = tuple(b for b in calibration.bands if all(source in columns for source in b.sources))
     for band in bands:
-        spans = [columns[source] for source in band.sources]
-        if sum(span.stop - span.start for span in spans) != len(band.mean):
+        width = len(band.mean) // len(band.sources)  # as Calibration.check knows heads
+        if any(columns[each].stop - columns[each].start != width for each in band.sources):
             raise CodecError(
                 f"calibration {calibration} has another head size than layer"
                 f" {band.sources[0].layer} of this engine"

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mcp_vllm.store.smart_cache.eviction import make_room, make_tenant_room
 from mcp_vllm.store.smart_cache.layout import BUDGET_BYTES, HELD, State, step
-from mcp_vllm.store.smart_cache.records import find, find_or_add, forget_ghosts
+from mcp_vllm.store.smart_cache.records import find, find_or_add, make_slots
 from mcp_vllm.store.smart_cache.tree import QUOTA, hold
 
 
@@ -25,7 +25,8 @@ def admit_chain(
 ) -> int:
     """Offer blocks of a chain, each the child of the one before, the first that of `parent`.
 
-    Blocks after one that can never fit are not looked at: without it they are useless.
+    Blocks after one that can never fit are not looked at: without it they are useless. Nor are
+    those for which there is no record left.
 
     Args:
         parent: a slot, or -1.
@@ -39,8 +40,7 @@ def admit_chain(
     largest = min(state.numbers[BUDGET_BYTES], state.tenants[QUOTA, tenant])
     slots[:] = -1
     fresh[:] = False
-    forget_ghosts(state, len(fingerprints))
-    for i in range(len(fingerprints)):
+    for i in range(make_slots(state, fingerprints)):
         if sizes[i] > largest:
             break
         slot = find_or_add(state, fingerprints[i])
@@ -62,7 +62,7 @@ def hold_block(
     state: State, fingerprint: np.uint64, size_bytes: int, saved_ms: float, parent: int, tenant: int
 ) -> int:
     """Hold a block for which room was made; its slot."""
-    forget_ghosts(state, 1)
+    make_slots(state, np.array([fingerprint]))
     slot = find_or_add(state, fingerprint)
     record = state.records[slot]
     if not record.flags & HELD:

@@ -10,6 +10,7 @@ from mcp_vllm.store.smart_cache.eviction import score
 from mcp_vllm.store.smart_cache.hazard import DAMPING, ESTIMATE
 from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
 from mcp_vllm.store.smart_cache.layout import COUNTED, HELD, State
+from mcp_vllm.store.smart_cache.records import num_ghosts
 from mcp_vllm.store.smart_cache.results import Explanation
 from mcp_vllm.store.smart_cache.tree import BYTES
 
@@ -62,9 +63,22 @@ def check(state: State) -> None:
     free = held[(children[held] == 0) & (records["pins"][held] == 0)]
     assert sorted(leaves.tolist()) == sorted(free.tolist())
     assert (records["leaf"][leaves] == np.arange(len(leaves))).all()
-    ghosts = numbers[[layout.NUM_GHOSTS, layout.NUM_PASSING]].sum()
-    assert ghosts + len(held) == (state.table >= 0).sum()
+    named = (state.table >= 0).sum()
+    assert num_ghosts(state) + len(held) == named <= numbers[layout.NUM_SLOTS_USED] <= len(records)
+    _check_ghosts(state, 0, layout.NUM_STAYING, layout.OLDEST_STAYING, layout.NEWEST_STAYING)
+    _check_ghosts(state, 1, layout.NUM_PASSING, layout.OLDEST_PASSING, layout.NEWEST_PASSING)
     _check_ages(state)
+
+
+def _check_ghosts(state: State, highest_bit: int, number: int, oldest: int, newest: int) -> None:
+    slot, before, count = int(state.numbers[oldest]), -1, 0
+    while slot >= 0:
+        record = state.records[slot]
+        assert int(record["fingerprint"]) >> 63 == highest_bit
+        assert not record["flags"] & HELD
+        assert record["parent"] == before
+        before, slot, count = slot, int(record["leaf"]), count + 1
+    assert (state.numbers[newest], state.numbers[number]) == (before, count)
 
 
 def _check_ages(state: State) -> None:

@@ -7,8 +7,10 @@ so a step allocates nothing. Owned by the `SmartCache` that made it; no locks.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numba
@@ -66,13 +68,13 @@ RECORD = np.dtype(
 # Places in `State.numbers`.
 (
     NUM_HELD,
-    NUM_GHOSTS,  # of those that stay
+    NUM_STAYING,  # ghosts, by kind: records.py
     NUM_PASSING,
     NUM_LEAVES,
     NUM_SLOTS_USED,
     FREE_SLOT,
-    OLDEST_GHOST,
-    NEWEST_GHOST,
+    OLDEST_STAYING,
+    NEWEST_STAYING,
     OLDEST_PASSING,
     NEWEST_PASSING,
     MAX_HELD,
@@ -126,12 +128,22 @@ class State(NamedTuple):
     seconds: NDArray[np.float64]
 
 
-def step(function: Function) -> Function:
-    """Compile a step at its first call, or load it from numba's cache on disk.
+def _drop_stale_code() -> None:
+    """A step that numba has cached does not notice that another file was edited, from which it has
+    a constant or calls a step."""
+    folder = Path(__file__).parent
+    edited_ns = max(each.stat().st_mtime_ns for each in folder.glob("*.py"))
+    for compiled in (folder / "__pycache__").glob("*.nb?"):
+        with contextlib.suppress(OSError):  # another process does the same, or it is not ours
+            if compiled.stat().st_mtime_ns < edited_ns:
+                compiled.unlink()
 
-    A cached step does not notice that a step of another file, which it calls, was edited: after
-    such an edit delete the folder's `__pycache__`.
-    """
+
+_drop_stale_code()
+
+
+def step(function: Function) -> Function:
+    """Compile a step at its first call, or load it from numba's cache on disk."""
     try:
         compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # No folder to cache in is writable: compile for this process only.
@@ -144,7 +156,7 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
     num_slots = max_held + max_ghosts
     table_size = 1 << max(4, (num_slots * 3 // 2 - 1).bit_length())
     numbers = np.zeros(NUM_NUMBERS, np.int64)
-    numbers[[FREE_SLOT, OLDEST_GHOST, NEWEST_GHOST, OLDEST_PASSING, NEWEST_PASSING]] = -1
+    numbers[[FREE_SLOT, OLDEST_STAYING, NEWEST_STAYING, OLDEST_PASSING, NEWEST_PASSING]] = -1
     numbers[MAX_HELD], numbers[MAX_GHOSTS] = max_held, max_ghosts  # of both kinds
     numbers[NUM_REFRESHES] = 1  # no row of rates is of it: zeros take no memory
     numbers[BUDGET_BYTES] = budget_bytes

@@ -24,6 +24,7 @@ from mcp_vllm.store.smart_cache import explanation, layout, saved
 from mcp_vllm.store.smart_cache.admission import admit_chain, find_all, hold_block
 from mcp_vllm.store.smart_cache.eviction import make_room, make_tenant_room
 from mcp_vllm.store.smart_cache.layout import HELD, PROTECTED, State
+from mcp_vllm.store.smart_cache.records import num_ghosts
 from mcp_vllm.store.smart_cache.results import Explanation, TurnEnd
 from mcp_vllm.store.smart_cache.tree import QUOTA, change_pins, release, resize
 from mcp_vllm.store.smart_cache.use import use_chain
@@ -81,6 +82,8 @@ class SmartCache(Generic[Key]):
         if budget_bytes < 1 or max_blocks < 1:
             raise McpError(f"a cache of {budget_bytes} bytes, {max_blocks} blocks can hold nothing")
         ghosts = max_ghosts if max_ghosts is not None else max(MIN_GHOSTS, max_blocks)
+        if ghosts < 1:
+            raise McpError("a cache without ghosts learns nothing: max_ghosts must be at least 1")
         self.max_blocks = max_blocks
         self._max_chain = ghosts
         self._clock = clock
@@ -109,7 +112,7 @@ class SmartCache(Generic[Key]):
 
     @property
     def num_ghosts(self) -> int:
-        return int(self._state.numbers[[layout.NUM_GHOSTS, layout.NUM_PASSING]].sum())
+        return int(num_ghosts(self._state))
 
     @property
     def evictions(self) -> int:

@@ -1,8 +1,9 @@
 """Slots, their names, and the ghosts: which record stands for which block.
 
-One ghost in two, by its fingerprint, *stays*; the others *pass*: where ghosts are too many and more
-than an eighth of them pass, the oldest of these go first. Who comes back late is counted by those
-that stay, a fair sample, and what the other blocks of a chain were follows from them (`use.py`).
+One ghost in two, by the highest bit of its fingerprint, *stays*; the others *pass*: where ghosts
+are too many and more than an eighth of them pass, the oldest of these go first. Who comes back late
+is counted by those that stay, a fair sample, and what the other blocks of a chain were follows from
+them (`use.py`).
 
 Steps of `SmartCache`; each takes its `State` and changes it in place.
 """
@@ -10,6 +11,7 @@ Steps of `SmartCache`; each takes its `State` and changes it in place.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcp_vllm.store.smart_cache.ages import leave_bin
 from mcp_vllm.store.smart_cache.layout import (
@@ -17,20 +19,22 @@ from mcp_vllm.store.smart_cache.layout import (
     FREE_SLOT,
     HELD,
     MAX_GHOSTS,
-    NEWEST_GHOST,
     NEWEST_PASSING,
-    NUM_GHOSTS,
+    NEWEST_STAYING,
+    NUM_HELD,
     NUM_PASSING,
     NUM_SLOTS_USED,
-    OLDEST_GHOST,
+    NUM_STAYING,
     OLDEST_PASSING,
+    OLDEST_STAYING,
+    PROTECTED,
     State,
     step,
 )
 
-# One fingerprint in two has no bit from there on.
-_SAMPLED_SHIFT = np.uint64(63)
-# Of so many ghosts one may be of those that pass, when there are too many.
+# The highest bit of a fingerprint is 1 where its ghost passes.
+_PASSING_SHIFT = np.uint64(63)
+# What part of all ghosts may be such, when there are too many: an eighth.
 PASSING_PART = 8
 
 
@@ -72,12 +76,18 @@ def find_or_add(state: State, fingerprint: np.uint64) -> int:
 
 
 @step
+def num_ghosts(state: State) -> int:
+    """Of both kinds."""
+    return state.numbers[NUM_STAYING] + state.numbers[NUM_PASSING]
+
+
+@step
 def _place(state: State, slot: int) -> tuple[int, int, int]:
     """Where in `State.numbers` are how many ghosts of this one's kind there are, the oldest and
     the newest."""
-    if state.records[slot].fingerprint >> _SAMPLED_SHIFT:
+    if state.records[slot].fingerprint >> _PASSING_SHIFT:
         return NUM_PASSING, OLDEST_PASSING, NEWEST_PASSING
-    return NUM_GHOSTS, OLDEST_GHOST, NEWEST_GHOST
+    return NUM_STAYING, OLDEST_STAYING, NEWEST_STAYING
 
 
 @step
@@ -116,33 +126,70 @@ def stop_being_ghost(state: State, slot: int) -> None:
 
 
 @step
-def forget_ghosts(state: State, num_wanted: int) -> None:
-    """Drop the oldest ghosts until there are slots for `num_wanted` more records."""
-    staying, passing = state.numbers[NUM_GHOSTS], state.numbers[NUM_PASSING]
-    most = state.numbers[MAX_GHOSTS]
-    too_many = staying + passing + num_wanted - most
-    if too_many > 0:
-        # Half of the new ones will pass, too.
-        allowed = max(0, most // PASSING_PART - num_wanted // 2)
-        of_passing = min(too_many, max(0, passing - allowed))
-        _forget_oldest(state, OLDEST_PASSING, passing, of_passing)
-        _forget_oldest(state, OLDEST_GHOST, staying, too_many - of_passing)
+def make_slots(state: State, fingerprints: NDArray[np.uint64]) -> int:
+    """Forget ghosts, none of these, until all of these names can have records; how many of the
+    first can, if some cannot.
+    """
+    num_new = 0
+    for fingerprint in fingerprints:
+        slot = find(state, fingerprint)
+        if slot < 0:
+            num_new += 1
+        elif not is_held(state, slot):
+            stop_being_ghost(state, slot)
+            become_ghost(state, slot)  # the newest of its kind
+            state.records[slot].flags |= PROTECTED
+    _forget_ghosts(state, num_new)
+    for fingerprint in fingerprints:
+        slot = find(state, fingerprint)
+        if slot >= 0 and not is_held(state, slot):
+            state.records[slot].flags &= ~PROTECTED & 0xFF
+    return _num_fitting(state, fingerprints, num_new)
 
 
 @step
-def _forget_oldest(state: State, oldest: int, number: int, num_unwanted: int) -> None:
-    """Of `number` ghosts. One with a held child (which came without its parent) goes round once
-    more."""
-    for _ in range(number):
-        if num_unwanted <= 0:
-            return
+def _num_fitting(state: State, fingerprints: NDArray[np.uint64], num_new: int) -> int:
+    """How many of the first names have a record or a slot to have one."""
+    free = len(state.records) - state.numbers[NUM_HELD] - num_ghosts(state)
+    if num_new <= free:
+        return len(fingerprints)
+    for place in range(len(fingerprints)):
+        if find(state, fingerprints[place]) < 0:
+            if free == 0:
+                return place
+            free -= 1
+    return len(fingerprints)
+
+
+@step
+def _forget_ghosts(state: State, num_wanted: int) -> None:
+    """Drop the oldest ghosts until there are slots for `num_wanted` more records."""
+    most = state.numbers[MAX_GHOSTS]
+    too_many = num_ghosts(state) + num_wanted - most
+    # Half of the new ones will pass, too.
+    allowed = max(0, most // PASSING_PART - num_wanted // 2)
+    of_passing = min(too_many, state.numbers[NUM_PASSING] - allowed)
+    too_many -= _forget_oldest(state, OLDEST_PASSING, NUM_PASSING, of_passing)
+    too_many -= _forget_oldest(state, OLDEST_STAYING, NUM_STAYING, too_many)
+    _forget_oldest(state, OLDEST_PASSING, NUM_PASSING, too_many)
+
+
+@step
+def _forget_oldest(state: State, oldest: int, number: int, num_unwanted: int) -> int:
+    """How many went. A protected one, or one with a held child (whose parent the owner has
+    dropped), goes round once more."""
+    num_forgotten = 0
+    for _ in range(state.numbers[number]):
+        if num_forgotten >= num_unwanted:
+            break
         ghost = state.numbers[oldest]
-        if state.records[ghost].children:
+        if state.records[ghost].children or state.records[ghost].flags & PROTECTED:
             stop_being_ghost(state, ghost)
             become_ghost(state, ghost)
         else:
             forget(state, ghost)
-            num_unwanted -= 1
+            num_forgotten += 1
+    return num_forgotten
 
 
 @step
@@ -171,6 +218,8 @@ def _free_slot(state: State) -> int:
         state.numbers[FREE_SLOT] = state.records[slot].older
         return slot
     slot = state.numbers[NUM_SLOTS_USED]
+    if slot == len(state.records):
+        raise IndexError("more blocks than SmartCache has records for")
     state.numbers[NUM_SLOTS_USED] += 1
     return slot
 

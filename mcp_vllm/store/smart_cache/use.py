@@ -22,7 +22,7 @@ from mcp_vllm.store.smart_cache.layout import (
     State,
     step,
 )
-from mcp_vllm.store.smart_cache.records import find, find_or_add, forget_ghosts
+from mcp_vllm.store.smart_cache.records import find, find_or_add, make_slots
 from mcp_vllm.store.smart_cache.tree import set_parent
 
 MOST = 65535
@@ -57,8 +57,8 @@ def use_chain(
     # No two requests at one time: their order is the order of use.
     now_s = max(now_s, state.seconds[NOW] + SHORTEST_S)
     advance(state, now_s)
-    length = len(fingerprints)
-    forget_ghosts(state, length)
+    length = make_slots(state, fingerprints)
+    fingerprints = fingerprints[:length]
     num_known, num_held = _known_and_held(state, fingerprints, since_s)
     for depth in range(length):
         slots[depth] = find_or_add(state, fingerprints[depth])
@@ -67,16 +67,19 @@ def use_chain(
     output = OUTPUT_NOT_KNOWN
     if num_output_tokens >= 0:
         output = octave(num_output_tokens, 8.0, OUTPUT_NOT_KNOWN - 1)
-    deeper = 0  # uses of a deeper block: this one, though it be forgotten, had as many
+    deeper = 0  # uses, before this request, of a deeper block: one that was forgotten had as many
     for depth in range(length - 1, -1, -1):
         slot = slots[depth]
         record = state.records[slot]
         if record.uses == 0 or record.last_use_s < since_s:
-            deeper = max(int(record.uses), deeper)
-            record.uses = deeper
+            if record.uses == 0:
+                record.uses = deeper
+            deeper = max(deeper, int(record.uses))
             if record.flags & COUNTED:
                 note_reuse(state, slot)
             record.uses = min(int(record.uses) + 1, MOST)
+        else:
+            deeper = max(deeper, int(record.uses) - 1)
         if record.flags & COUNTED:
             leave_bin(state, slot)
         tail = octave(length - 1 - depth, 1.0, NUM_TAILS - 1)

@@ -1,5 +1,7 @@
 """Values laid out for the products of the bands, and back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,15 +11,22 @@ from lossy_kv import ARRANGEMENTS, calibration, rows
 from mcp_vllm.codec import bands, rotation
 from mcp_vllm.codec.calibration import MAX_LEVEL
 from mcp_vllm.codec.multiply import ROWS, whole_rows
-from mcp_vllm.codec.transform_plan import plan_of
+from mcp_vllm.codec.transform_plan import TransformPlan, plan_of
 
 KV = ARRANGEMENTS["token, head, K then V"]
 FIRST_TOKEN = 1000
+# The second band's, which has none, or others than the first.
+frequencies = st.sampled_from([(), (0.5,), (0.5, 0.25, 0.125, 0.1)])
 num_tokens = st.integers(1, 2 * ROWS + 1)
 
 
-def taken_out(values: np.ndarray) -> np.ndarray:
-    plan = plan_of(calibration(), KV, 0.5)
+def plan_with(frequencies: tuple[float, ...]) -> TransformPlan:
+    first, second = calibration().bands
+    second = dataclasses.replace(second, frequencies=np.array(frequencies, np.float32))
+    return plan_of(dataclasses.replace(calibration(), bands=(first, second)), KV, 0.5)
+
+
+def taken_out(values: np.ndarray, plan: TransformPlan) -> np.ndarray:
     blocks = plan.channels.empty(len(values))
     angles = plan.angles(FIRST_TOKEN, len(values))
     places = plan.channels.places
@@ -25,11 +34,14 @@ def taken_out(values: np.ndarray) -> np.ndarray:
     return blocks
 
 
-@given(num_tokens=num_tokens, seed=st.integers(0, 3))
-def test_blocks_hold_each_bands_channels_turned_back_and_without_their_means(num_tokens, seed):
+@given(num_tokens=num_tokens, seed=st.integers(0, 3), frequencies=frequencies)
+def test_blocks_hold_each_bands_channels_turned_back_and_without_their_means(
+    num_tokens, seed, frequencies
+):
     values = rows(num_tokens, seed)
-    plan = plan_of(calibration(), KV, 0.5)
-    for band, block in zip(plan.bands, plan.channels.each(taken_out(values)), strict=True):
+    plan = plan_with(frequencies)
+    blocks = plan.channels.each(taken_out(values, plan), whole_rows(num_tokens))
+    for band, block in zip(plan.bands, blocks, strict=True):
         expected = np.concatenate([values[:, KV.columns[s]] for s in band.sources], axis=1)
         width = len(band.mean) // len(band.sources)
         cosines, sines = rotation.angles(band.frequencies, FIRST_TOKEN, num_tokens)
@@ -41,11 +53,11 @@ def test_blocks_hold_each_bands_channels_turned_back_and_without_their_means(num
         assert not block[num_tokens:].any()
 
 
-@given(num_tokens=num_tokens, seed=st.integers(0, 3))
-def test_what_is_put_back_is_what_was_taken_out(num_tokens, seed):
+@given(num_tokens=num_tokens, seed=st.integers(0, 3), frequencies=frequencies)
+def test_what_is_put_back_is_what_was_taken_out(num_tokens, seed, frequencies):
     values = rows(num_tokens, seed)
-    plan = plan_of(calibration(), KV, 0.5)
-    blocks = taken_out(values)
+    plan = plan_with(frequencies)
+    blocks = taken_out(values, plan)
     restored = np.full_like(values, np.nan)
     angles = plan.angles(FIRST_TOKEN, num_tokens)
     places = plan.channels.places

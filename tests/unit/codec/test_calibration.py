@@ -48,6 +48,25 @@ def test_damaged_files_raise_codec_errors_only(tmp_path):
             Calibration.load(path)
 
 
+@pytest.mark.parametrize("kind", [np.complex64, np.float16, bool, ">f4"])
+def test_a_tail_of_another_type_is_refused(kind):
+    with pytest.raises(CodecError, match="tail"):
+        dataclasses.replace(calibration(), tail=calibration().tail.astype(kind))
+
+
+def test_values_so_large_that_a_result_could_be_infinite_are_refused():
+    band = calibration().bands[0]
+    with pytest.raises(CodecError, match="synthesis"):
+        dataclasses.replace(band, synthesis=band.synthesis * np.float32(1e30)).check()
+
+
+def test_a_description_that_nests_too_deeply_is_an_error_of_the_file(tmp_path):
+    path = tmp_path / "made.npz"
+    np.savez(path, description=np.frombuffer(b"[" * 200_000, np.uint8))
+    with pytest.raises(CodecError, match="codec calibrate"):
+        Calibration.load(path)
+
+
 def test_a_pickle_in_the_file_is_not_opened(tmp_path):
     path = tmp_path / "made.npz"
     np.savez(path, description=np.array([{"a": 1}], dtype=object))

@@ -25,6 +25,7 @@ from mcp_vllm.codec import (
     ChunkLayout,
     CodecError,
     KVLayout,
+    Plane,
     decode_frame_into,
     encode_frame,
     get_codec,
@@ -37,7 +38,7 @@ from mcp_vllm.codec.byte_planes import compressor
 from mcp_vllm.codec.calibration import MAX_LEVEL, Calibration
 from mcp_vllm.codec.errors import FrameError
 from mcp_vllm.codec.transform_plan import NARROWEST, ROUNDING, plan_of
-from mcp_vllm.codec.values import gather, to_float32
+from mcp_vllm.codec.values import from_float32, gather, scatter, to_float32
 
 KEY = b"chunk"
 LOSSY = ["near-lossless", "balanced", "small"]
@@ -285,6 +286,46 @@ def test_tokens_that_spread_more_or_less_than_usual_cost_no_more_bits_than_they_
     ]
     sizes = [sum(map(len, parts)) for parts in coded]
     assert sizes[0] < 0.9 * sizes[1]
+
+
+@pytest.mark.parametrize("name", ["balanced", "small"])
+def test_a_step_that_keeps_no_coefficient_restores_the_means(name):
+    kv = ARRANGEMENTS["token, head, K then V"]
+    raw = chunk(kv)
+    frame = encode_frame(KEY, raw, layout(kv), get_codec(name, calibration=calibration(), step=1e6))
+    restored = rows_of(decode(frame, kv, len(raw), calibration()), kv)
+    band = next(band for band in calibration().bands if not len(band.frequencies))
+    of_band = np.concatenate([restored[:, kv.columns[s]] for s in band.sources], axis=1)
+    np.testing.assert_allclose(of_band, np.tile(band.mean, (TOKENS, 1)), rtol=0.01, atol=1e-3)
+
+
+def test_a_chunk_of_some_of_the_layers_is_coded_by_their_bands():
+    kv = planes.token_major(LAYERS[1:], 1, TOKENS, HEADS, DIM)
+    whole = ARRANGEMENTS["token, head, K then V"]
+    values = rows(TOKENS, 0)
+    columns = [values[:, whole.columns[source]] for source in kv.columns]
+    elements = np.empty(kv.num_elements, np.uint16)
+    scatter(from_float32(np.concatenate(columns, axis=1), elements.dtype), elements, kv)
+    restored = there_and_back("balanced", elements.tobytes(), layout(kv))
+    both = there_and_back("balanced", chunk(whole), layout(whole))
+    of_both = [rows_of(both, whole)[:, whole.columns[source]] for source in kv.columns]
+    np.testing.assert_array_equal(rows_of(restored, kv), np.concatenate(of_both, axis=1))
+
+
+def test_heads_of_other_sizes_than_the_calibrations_are_refused_though_their_sum_fits():
+    odd = KVLayout(
+        tuple(
+            Plane(layer, kind, HEADS, TOKENS, dim, offset, (dim, HEADS * dim, 1))
+            for index, layer in enumerate(LAYERS)
+            for kind, dim, offset in (
+                ("k", 4, index * HEADS * TOKENS * 2 * DIM),
+                ("v", 2 * DIM - 4, index * HEADS * TOKENS * 2 * DIM + HEADS * TOKENS * 4),
+            )
+        )
+    )
+    raw = bytes(2 * odd.num_elements)
+    with pytest.raises(CodecError, match="another head size"):
+        encode_frame(KEY, raw, layout(odd), codec_of("balanced"))
 
 
 def test_coefficients_are_those_that_the_transform_of_tensors_gives():

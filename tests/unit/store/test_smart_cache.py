@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 
 import pytest
@@ -390,3 +391,81 @@ def test_what_was_forgotten_of_a_chain_follows_from_what_is_remembered_of_it():
         assert explained is not None
         assert (explained.uses, explained.turn) == (3 if key <= deepest else 1, 3)
     made.check_integrity()
+
+
+def test_what_a_request_used_is_known_when_it_is_offered_however_long_its_chain():
+    made = cache(budget_bytes=160, max_blocks=160, max_ghosts=160)
+    fill(made, 400)
+    chain = list(range(50))
+    made.access(chain)
+    made.offer(chain, [1] * 50)
+    explained = [made.explain(key) for key in chain]
+    assert [each and each.uses for each in explained] == [1] * 50
+    made.check_integrity()
+
+
+def test_a_chain_that_is_known_displaces_no_ghosts():
+    made = cache(budget_bytes=4, max_blocks=4, max_ghosts=40)
+    chain = list(range(20))
+    made.access(chain)
+    others = list(range(1000, 1015))
+    for key in others:
+        made.access([key])
+    made.access(chain)
+    assert all(made.explain(key) for key in (*chain, *others))
+
+
+def test_a_chain_that_contradicts_another_lends_its_uses_only_to_what_is_unknown():
+    made = cache(10)
+    made.access([1])
+    for _ in range(50):
+        made.access([7])
+    made.access([1, 7])
+    explained = made.explain(1)
+    assert explained is not None
+    assert explained.uses == 2
+
+
+def test_a_forgotten_block_inherits_from_one_that_this_request_has_used_already():
+    made = cache(budget_bytes=4, max_blocks=4, max_ghosts=900)
+    chain = list(range(100))
+    for _ in range(5):
+        made.access(chain)
+        later(made, 1.0)
+    began_s = made._clock()
+    made.access(chain)
+    later(made, 1.0)
+    fill(made, 1000)
+    known = [made.explain(key) is not None for key in chain]
+    made.access(chain, since_s=began_s)
+    deepest = max(key for key in chain if known[key])
+    uses = [made.explain(key).uses for key in chain[: deepest + 1]]
+    assert uses == [6] * (deepest + 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_ghosts_whose_children_are_held_never_cost_a_record_that_is_not_there(seed):
+    made = cache(budget_bytes=20, max_blocks=20, max_ghosts=40)
+    rng = random.Random(seed)
+    pinned = []
+    for number in range(60):
+        parent, child = 10_000 + 2 * number, 10_001 + 2 * number
+        made.access([parent, child])
+        made.offer([parent, child], [1, 1])
+        if len(pinned) < 15 and child in made and rng.random() < 0.7:
+            made.pin([child])
+            pinned.append(child)
+            made.remove(parent)
+        made.check_integrity()
+    for _ in range(4):
+        chain = [rng.randrange(1 << 40) for _ in range(rng.randrange(1, 60))]
+        made.access(chain)
+        made.offer(chain, [1] * len(chain))
+        made.check_integrity()
+    assert all(child in made for child in pinned)
+
+
+def test_a_cache_that_may_remember_nothing_is_refused():
+    with pytest.raises(McpError, match="max_ghosts"):
+        cache(10, max_ghosts=0)
