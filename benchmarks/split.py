@@ -45,16 +45,9 @@ Steps = dict[str, dict[int, list[float]]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="default: Gemma-3-270m")
+    add_run_options(parser, starts=4)
     parser.add_argument("--layers", default="6:12")
     parser.add_argument("--form", default="raw", choices=("raw", "packed", "fold", "fp8"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--starts", type=int, default=4, help="how often all is started anew")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
-    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine is not None:
         return serve_rounds(json.loads(args.engine))
@@ -68,6 +61,18 @@ def main() -> None:
             args.json.write_text(json.dumps(figures, indent=2) + "\n")
     report(console, starts, args)
     return None
+
+
+def add_run_options(parser: argparse.ArgumentParser, starts: int) -> None:
+    """Those of every benchmark that times steps of engines in processes of their own."""
+    parser.add_argument("--model", help="default: Gemma-3-270m")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--starts", type=int, default=starts, help="how often all is started anew")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
+    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
 
 
 def measure_start(model: str, args: argparse.Namespace, logs: Path, console: Console) -> Steps:

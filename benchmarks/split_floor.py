@@ -27,7 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 
 from setting import describe, one_line
-from split import SKIPPED, begin, engine_process, whole_engine
+from split import SKIPPED, add_run_options, begin, engine_process, whole_engine
 
 from mcp_vllm.demo.weights import ensure_gemma
 
@@ -40,14 +40,7 @@ Steps = dict[str, dict[int, list[float]]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="default: Gemma-3-270m")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--starts", type=int, default=2, help="how often all is started anew")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
-    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    add_run_options(parser, starts=2)
     args = parser.parse_args()
     if args.engine is not None:
         return serve_steps(json.loads(args.engine))
