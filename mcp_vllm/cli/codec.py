@@ -35,7 +35,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="Default: the user's cache folder, by the weights.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=4, help="Samples of 512 tokens.")] = 32,
+    windows: Annotated[int, typer.Option(min=4, help="Samples of 512 tokens.")] = 128,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the model.")] = 1,
 ) -> None:
     """Compute the calibration that `balanced` and `small` need, once per model, on the CPU."""

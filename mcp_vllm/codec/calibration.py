@@ -28,7 +28,6 @@ import numpy as np
 from blake3 import blake3
 
 from mcp_vllm.codec.errors import CodecError
-from mcp_vllm.codec.multiply import Panels
 from mcp_vllm.codec.planes import Source
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mcp_vllm.codec.kernel import Float32s
+    from mcp_vllm.codec.multiply import Panels
 
 FORMAT = 2
 FINGERPRINT_SIZE = 16
@@ -94,10 +94,14 @@ class Band:
     @cached_property
     def analysis_panels(self) -> Panels:
         """level_weights as the first column, then analysis."""
+        from mcp_vllm.codec.multiply import Panels  # numba, which engines must not load early
+
         return Panels(np.column_stack([self.level_weights, self.analysis]))
 
     @cached_property
     def synthesis_panels(self) -> Panels:
+        from mcp_vllm.codec.multiply import Panels
+
         return Panels(self.synthesis)
 
     def pack(self) -> None:

@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,3 +131,11 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path, sources: dict[str, str]
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
     assert faults(package) == []
+
+
+def test_what_an_engine_loads_before_its_worker_does_not_load_numba():
+    """vLLM's CPU worker looks through all modules, and stumbles over llvmlite's library."""
+    modules = "mcp_vllm.codec, mcp_vllm.split.activations, mcp_vllm.vllm_plugin"
+    program = f"import sys, {modules}; print(sorted({{'numba', 'llvmlite'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert found.stdout == b"[]\n"
