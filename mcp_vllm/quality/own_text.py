@@ -31,8 +31,6 @@ OPENERS = (
     "Привет",
 )
 _SEED = 0
-# Windows that are written together: a step of one costs hardly less than of so many.
-_AT_ONCE = 32
 
 
 @torch.inference_mode()
@@ -45,7 +43,7 @@ def own_tokens(
         torch.manual_seed(_SEED)
         while len(windows) < num_windows:
             openers = [OPENERS[i % len(OPENERS)] for i in range(len(windows), num_windows)]
-            windows += _continued(model, openers[:_AT_ONCE], num_tokens)
+            windows += _continued(model, openers[: len(OPENERS)], num_tokens)
             on_step(len(windows), num_windows)
     return windows
 
