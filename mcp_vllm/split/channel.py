@@ -52,7 +52,8 @@ class Channel:
     """Owns the socket.
 
     Attributes:
-        max_metadata, max_payload: bytes that the next message may have.
+        max_metadata, max_payload, max_kv_payload: bytes that the next message may have, if it
+            carries pages of KV the last of these.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -61,6 +62,7 @@ class Channel:
         self._sends_parts = not isinstance(connected, ssl.SSLSocket)
         self.max_metadata = wire.MAX_HELLO_BYTES
         self.max_payload = 0
+        self.max_kv_payload = 0
 
     def send(
         self,
@@ -131,7 +133,8 @@ class Channel:
 
     def _frame(self, header: bytearray, patience: Patience, until: float | None) -> Message | None:
         """What belongs to `header`; None after a heartbeat, which is answered."""
-        parsed = wire.unpack_header(header, self.max_metadata, self.max_payload)
+        bounds = self.max_metadata, self.max_payload, self.max_kv_payload
+        parsed = wire.unpack_header(header, *bounds)
         metadata = self._read(parsed.metadata_bytes, patience, until)
         payload = self._read(parsed.payload_bytes, patience, until)
         if parsed.kind == Kind.PING:

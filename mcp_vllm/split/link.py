@@ -23,7 +23,7 @@ from mcp_vllm.split.activations import Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, connect, expect
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
 from mcp_vllm.split.spans import Span
-from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, Step, StepSeconds, Welcome
+from mcp_vllm.split.wire import Acts, Hello, Kind, KvBlocks, KvInit, Step, StepSeconds, Welcome
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,33 @@ class Link:
         except WireError as error:
             raise StageLost(str(error)) from error
 
+    def read_kv(self, wanted: KvBlocks, size_bytes: int) -> bytearray:
+        """Pages of KV blocks, [layer, block, byte]; of at most MAX_KV_BYTES. Raises StageLost."""
+        return self._about_kv(Kind.READ_KV, wanted, (), Kind.KV, size_bytes).payload
+
+    def write_kv(self, given: KvBlocks, pages: memoryview) -> None:
+        """The inverse of read_kv. Raises StageLost."""
+        self._about_kv(Kind.WRITE_KV, given, [pages], Kind.OK, 0)
+
     def close(self) -> None:
         self.channel.close()
+
+    def _about_kv(
+        self,
+        kind: Kind,
+        about: KvBlocks,
+        payload: Sequence[memoryview],
+        answer: Kind,
+        size_bytes: int,
+    ) -> Message:
+        self.channel.send(kind, about, payload, patience=self.patience)
+        try:
+            message = self._receive(answer, 0, self.patience)
+        except (StageRefused, WireError) as error:
+            raise StageLost(str(error)) from error
+        if len(message.payload) != size_bytes:
+            raise StageLost(f"{len(message.payload)} bytes of KV pages, not {size_bytes}")
+        return message
 
     def _receive(self, kind: Kind, step: int, patience: Patience) -> Message:
         return _receive(self.stage, self.channel, kind, step, patience)
@@ -221,6 +246,7 @@ class Stages:
             channel.close()
             raise
         channel.max_payload = form.payload_bytes(self._hello.max_tokens)
+        channel.max_kv_payload = wire.MAX_KV_BYTES
         patience = replace(patience, total_s=self._patience_s(stage))
         return Link(stage, welcome, form, channel, patience)
 

@@ -27,7 +27,17 @@ from mcp_vllm.split.activations import DTYPES, FORMS, Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
 from mcp_vllm.split.memory import is_out_of_memory
-from mcp_vllm.split.wire import Acts, Hello, Kind, KvInit, KvPlan, Step, StepSeconds, Welcome
+from mcp_vllm.split.wire import (
+    Acts,
+    Hello,
+    Kind,
+    KvBlocks,
+    KvInit,
+    KvPlan,
+    Step,
+    StepSeconds,
+    Welcome,
+)
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 logger = logging.getLogger(__name__)
@@ -55,6 +65,12 @@ class Lease(Protocol):
 
     def settle(self, step: Step) -> None:
         """Take note of a step in which nothing runs. Raises StageRefused."""
+
+    def read_kv(self, wanted: KvBlocks) -> memoryview:
+        """Their pages, [layer, block, byte]. Raises StageRefused."""
+
+    def write_kv(self, given: KvBlocks, pages: bytearray) -> None:
+        """Put pages into these blocks. Raises StageRefused."""
 
     def layer_seconds(self) -> list[float]:
         """What each layer took in the last step; only of a lease that measures."""
@@ -232,13 +248,14 @@ class _LeaseThread:
         dtype = DTYPES.get(self._hello.dtype, self._backend.dtype)
         form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
+        self._channel.max_kv_payload = wire.MAX_KV_BYTES
         self._channel.send(Kind.WELCOME, welcome)
         kv_init = wire.decode(KvInit, expect(self._take(), Kind.KV_INIT).metadata)
         self._channel.send(Kind.OK, lease.init_kv(kv_init))
         number = 0
         while True:
             number += 1
-            message = expect(self._take(), Kind.STEP, number)
+            message = expect(self._take_beside_kv(lease), Kind.STEP, number)
             step = wire.decode(Step, message.metadata)
             if not step.scheduled:
                 lease.settle(step)
@@ -250,7 +267,7 @@ class _LeaseThread:
 
         def take() -> Rows:
             nonlocal started
-            message = expect(self._take(), Kind.ACTS, number)
+            message = expect(self._take_beside_kv(lease), Kind.ACTS, number)
             started = time.perf_counter()
             order = wire.decode(Acts, message.metadata).order
             rows = form.decode(message.payload, step.num_tokens, self._backend.device)
@@ -263,6 +280,19 @@ class _LeaseThread:
         self._metrics.steps.inc()
         self._metrics.tokens.inc(step.num_tokens)
         self._metrics.step_seconds.observe(time.perf_counter() - started)
+
+    def _take_beside_kv(self, lease: Lease) -> Message:
+        """The next message that is not about KV blocks; such are answered here."""
+        while True:
+            message = self._take()
+            if message.kind == Kind.READ_KV:
+                pages = lease.read_kv(wire.decode(KvBlocks, message.metadata))
+                self._channel.send(Kind.KV, payload=[pages])
+            elif message.kind == Kind.WRITE_KV:
+                lease.write_kv(wire.decode(KvBlocks, message.metadata), message.payload)
+                self._channel.send(Kind.OK)
+            else:
+                return message
 
     def _take(self) -> Message:
         item = self._inbox.get()

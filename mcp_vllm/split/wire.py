@@ -17,7 +17,13 @@ Life of a connection (> from the engine, < from the stage):
     > Acts n     the order of the requests in the batch, and their activations
     < Reply n    the activations after the stage's layers, in the same order, and what it took
       ...        Step of nothing to run has neither Acts nor Reply
+    > ReadKv     names of the lease's layers, and block ids
+    < Kv         their pages, [layer, block, byte]
+    > WriteKv    the same names and ids, and pages
+    < Ok
     > Bye        or just the end of the connection
+
+ReadKv and WriteKv may come after KvInit at any time but between Acts and Reply.
 
 A Hello that says `measuring` is for planning: the lease is an ordinary one, its rows are made up,
 and each Reply says what each layer took.
@@ -60,6 +66,8 @@ MAX_MODEL_LEN = 1 << 24
 MAX_BLOCKS = 1 << 31
 MAX_GROUPS = 64
 MAX_WIDTH = 1 << 20
+# Pages of KV in one message.
+MAX_KV_BYTES = 32 << 20
 
 # Why a stage refuses. `busy` passes; the others need somebody to change something.
 REFUSALS = ("access", "model", "protocol", "memory", "busy", "step", "internal")
@@ -77,6 +85,9 @@ class Kind(IntEnum):
     PONG = 9
     ERROR = 10
     BYE = 11
+    READ_KV = 12
+    WRITE_KV = 13
+    KV = 14
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -233,6 +244,13 @@ class Acts(msgspec.Struct, frozen=True, array_like=True):
     order: list[int]
 
 
+class KvBlocks(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks of attention layers, of those with equally large pages; `blocks` are of each layer."""
+
+    layers: list[str]
+    blocks: list[int]
+
+
 class Error(msgspec.Struct, frozen=True):
     code: str
     message: str
@@ -250,7 +268,9 @@ def pack_header(kind: Kind, metadata_bytes: int, payload_bytes: int, step: int) 
     return HEADER.pack(MAGIC, VERSION, kind, 0, metadata_bytes, payload_bytes, step)
 
 
-def unpack_header(header: bytes | bytearray, max_metadata: int, max_payload: int) -> Header:
+def unpack_header(
+    header: bytes | bytearray, max_metadata: int, max_payload: int, max_kv_payload: int = 0
+) -> Header:
     """Raises WireError: not ours, another version, or longer than allowed."""
     magic, version, kind, flags, metadata_bytes, payload_bytes, step = HEADER.unpack(header)
     if magic != MAGIC:
@@ -263,8 +283,9 @@ def unpack_header(header: bytes | bytearray, max_metadata: int, max_payload: int
         raise WireError(f"unknown message type {kind}") from None
     if metadata_bytes > max_metadata:
         raise WireError(f"metadata of {metadata_bytes} bytes, allowed are {max_metadata}")
-    if payload_bytes > max_payload:
-        raise WireError(f"payload of {payload_bytes} bytes, allowed are {max_payload}")
+    most = max_kv_payload if kind in (Kind.WRITE_KV, Kind.KV) else max_payload
+    if payload_bytes > most:
+        raise WireError(f"payload of {payload_bytes} bytes, allowed are {most}")
     return Header(kind, metadata_bytes, payload_bytes, step)
 
 

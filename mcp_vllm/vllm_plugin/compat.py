@@ -34,3 +34,13 @@ def release(version: str) -> str:
     """Major and minor, which is as far as vLLM keeps its KV layout."""
     match = re.match(r"\d+\.\d+", version)
     return match[0] if match else version
+
+
+def let_modules_be_searched() -> None:
+    """Where numba is loaded before vLLM's CPU worker: that asks each attribute of each module for
+    its `__dict__`, and llvmlite's library answers with a function of that name."""
+    from llvmlite.binding import ffi
+
+    functions = getattr(ffi.lib, "_fntab", None)
+    if isinstance(functions, dict):
+        functions.setdefault("__dict__", {})

@@ -27,15 +27,18 @@ from mcp_vllm.link import protocol
 from mcp_vllm.link.prefill import PrefillMeter
 from mcp_vllm.link.supervisor import AgentSupervisor, own_socket_path
 from mcp_vllm.vllm_plugin import settings
+from mcp_vllm.vllm_plugin.compat import let_modules_be_searched
 from mcp_vllm.vllm_plugin.fingerprint import engine_fingerprint
 from mcp_vllm.vllm_plugin.host_policy import SmartCachePolicy
 from mcp_vllm.vllm_plugin.layout import group_layouts
 from mcp_vllm.vllm_plugin.prefill_steps import PrefillSteps
 from mcp_vllm.vllm_plugin.session import session_of
 from mcp_vllm.vllm_plugin.short_polls import shorten_polls
+from mcp_vllm.vllm_plugin.split_copies import SplitCopyWorker
 from mcp_vllm.vllm_plugin.tier import ContextTier
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+let_modules_be_searched()  # policies have loaded numba
 
 # How long the engine's start-up waits for its agent; serving starts without it after that.
 START_WAIT_S = 20.0
@@ -118,6 +123,21 @@ class MCPConnector(OffloadingConnector):
                 self._supervisor = AgentSupervisor(config.to_json(), str(socket_path))
         start_agent = self._supervisor.ensure_running if self._supervisor else _nothing
         tier.start(str(socket_path), make_hello, start_agent, START_WAIT_S, self._chains_of)
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Of a split engine again whenever its layers have moved: then of other layers."""
+        worker = self.connector_worker.worker
+        if worker is None:
+            super().register_kv_caches(kv_caches)
+            worker = self.connector_worker.worker
+        if isinstance(worker, SplitCopyWorker):
+            worker.place(kv_caches)
+
+    def drop_transfers(self) -> None:
+        """Forget what was to be stored, and what was loaded and not told of: the KV blocks of a
+        split engine are gone, and its scheduler starts over (split/engine/scheduler.py)."""
+        self.connector_worker._unsubmitted_store_jobs.clear()
+        self.connector_worker._load_jobs.clear()
 
     def _chains_of(self, request_id: str) -> list[list[OffloadKey]]:
         status = self.scheduler._req_status.get(request_id)

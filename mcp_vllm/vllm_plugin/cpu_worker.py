@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.kv_offload.base import (
@@ -20,6 +21,14 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+
+class Move(NamedTuple):
+    """Int arrays [block]: KV blocks, the host chunks that are theirs, and their places in these."""
+
+    blocks: np.ndarray
+    chunks: np.ndarray
+    places: np.ndarray
 
 
 class HostCopyWorker(OffloadingWorker):
@@ -54,9 +63,8 @@ class HostCopyWorker(OffloadingWorker):
         """Copy KV blocks to host chunks."""
         started_s = time.perf_counter()
         num_bytes = 0
-        for tensor, size, blocks, chunks, subs in self._moves(src_spec, dst_spec):
-            self._chunks[tensor][chunks, subs, :size] = self._pages[tensor][blocks, :size]
-            num_bytes += size * len(blocks)
+        for group, move in self._moves(src_spec, dst_spec):
+            num_bytes += self._store(group, move)
         self._finish(job_id, num_bytes, started_s)
         return True
 
@@ -64,9 +72,8 @@ class HostCopyWorker(OffloadingWorker):
         """Copy host chunks to KV blocks."""
         started_s = time.perf_counter()
         num_bytes = 0
-        for tensor, size, blocks, chunks, subs in self._moves(dst_spec, src_spec):
-            self._pages[tensor][blocks, :size] = self._chunks[tensor][chunks, subs, :size]
-            num_bytes += size * len(blocks)
+        for group, move in self._moves(dst_spec, src_spec):
+            num_bytes += self._load(group, move)
         self._finish(job_id, num_bytes, started_s)
         return True
 
@@ -82,15 +89,33 @@ class HostCopyWorker(OffloadingWorker):
         self._chunks.clear()
         self._region.cleanup()
 
-    def _moves(
-        self, device: GPULoadStoreSpec, host: LoadStoreSpec
-    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-        """(tensor, bytes a page, block ids, chunk ids, index within the chunk) for each tensor."""
+    def _store(self, group: int, move: Move) -> int:
+        """Copy a group's blocks to host chunks; how many bytes."""
+        for ref in self._refs[group]:
+            tensor, size = ref.tensor_idx, ref.page_size_bytes
+            pages = self._pages[tensor][move.blocks, :size]
+            self._chunks[tensor][move.chunks, move.places, :size] = pages
+        return self._num_bytes(group, move)
+
+    def _load(self, group: int, move: Move) -> int:
+        """The other way."""
+        for ref in self._refs[group]:
+            tensor, size = ref.tensor_idx, ref.page_size_bytes
+            pages = self._chunks[tensor][move.chunks, move.places, :size]
+            self._pages[tensor][move.blocks, :size] = pages
+        return self._num_bytes(group, move)
+
+    def _num_bytes(self, group: int, move: Move) -> int:
+        return len(move.blocks) * sum(ref.page_size_bytes for ref in self._refs[group])
+
+    def _moves(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> Iterator[tuple[int, Move]]:
+        """What is to be moved of each group."""
         assert isinstance(host, BlockIDsLoadStoreSpec)
         per_chunk = self._blocks_per_chunk
         block_at = chunk_at = 0
-        groups = zip(self._refs, device.group_sizes, device.block_indices, strict=True)
-        for refs, num_blocks, first_index in groups:
+        sizes = zip(device.group_sizes, device.block_indices, strict=True)
+        assert len(self._refs) == len(device.group_sizes)
+        for group, (num_blocks, first_index) in enumerate(sizes):
             if num_blocks == 0:
                 continue
             positions = first_index % per_chunk + np.arange(num_blocks)
@@ -99,8 +124,7 @@ class HostCopyWorker(OffloadingWorker):
             chunks = host.block_ids[chunk_at : chunk_at + num_chunks][positions // per_chunk]
             block_at += num_blocks
             chunk_at += num_chunks
-            for ref in refs:
-                yield ref.tensor_idx, ref.page_size_bytes, blocks, chunks, positions % per_chunk
+            yield group, Move(blocks, chunks, positions % per_chunk)
         assert block_at == len(device.block_ids), "blocks left over"
         assert chunk_at == len(host.block_ids), "host chunks left over"
 

@@ -7,7 +7,7 @@ be stored or sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_offload.base import OffloadingSpec
 
 from mcp_vllm.link.protocol import Arrangement, GroupLayout, PageLayout
+from mcp_vllm.vllm_plugin.remote_layers import announced
 
 # By the instruction set that vLLM's CPU attention picks; read back from its cache-writing operator
 # in tests/integration/test_cpu_pages.py.
@@ -42,6 +43,7 @@ def group_layouts(spec: OffloadingSpec, kv_cache_config: KVCacheConfig) -> list[
     Groups that are not offloaded get the layout of a whole chunk; no key names them.
     """
     whole = [(0, spec.kv_bytes_per_chunk)]
+    remote = announced()
     offloaded = {group.group_id: group.layer_names for group in spec.config.groups}
     pages = _tensor_pages(kv_cache_config, list(offloaded.values()))
     layouts = []
@@ -49,11 +51,16 @@ def group_layouts(spec: OffloadingSpec, kv_cache_config: KVCacheConfig) -> list[
         element, channels = _element(group.kv_cache_spec)
         layers = offloaded.get(group_id)
         spans = _spans(spec, pages, _addresses(kv_cache_config), layers) if pages and layers else []
-        described = (
-            _pages(spec, group.kv_cache_spec, _in_order(pages, kv_cache_config, layers))
-            if spans
-            else None
-        )
+        described = None
+        if spans:
+            in_order = _in_order(pages, kv_cache_config, layers)
+            if remote is not None:
+                away = remote.groups[group_id]
+                own_bytes = sum(pages.values()) * spec.blocks_per_chunk
+                size = len(away) * remote.page_bytes * spec.blocks_per_chunk
+                spans = _merged([*spans, (own_bytes, size)])
+                in_order = [*in_order, *away]
+            described = _pages(spec, group.kv_cache_spec, in_order)
         layouts.append(GroupLayout(tuple(spans or whole), element, channels, described))
     return layouts
 
@@ -148,14 +155,21 @@ def _spans(
             parts.append((offset, size))
         offset += size
     num_copies = 1 if spec.replicated_layout else spec.config.parallel.world_size
+    return _merged(
+        (copy * spec.cpu_page_size_per_worker + start, size)
+        for copy in range(num_copies)
+        for start, size in parts
+    )
+
+
+def _merged(parts: Iterable[Span]) -> list[Span]:
+    """The same, neighbours as one; without empty ones."""
     spans: list[Span] = []
-    for copy in range(num_copies):
-        base = copy * spec.cpu_page_size_per_worker
-        for start, size in parts:
-            if spans and sum(spans[-1]) == base + start:
-                spans[-1] = (spans[-1][0], spans[-1][1] + size)
-            else:
-                spans.append((base + start, size))
+    for start, size in parts:
+        if spans and sum(spans[-1]) == start:
+            spans[-1] = (spans[-1][0], spans[-1][1] + size)
+        elif size:
+            spans.append((start, size))
     return spans
 
 

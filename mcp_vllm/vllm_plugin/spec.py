@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingWorker
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from mcp_vllm.vllm_plugin.cpu_worker import HostCopyWorker
+from mcp_vllm.vllm_plugin.remote_layers import announced
+from mcp_vllm.vllm_plugin.split_copies import SplitCopyWorker
 
 
 class MCPOffloadingSpec(TieringOffloadingSpec):
     """On CUDA and XPU vLLM's own copies; on CPU the same with our copy worker."""
 
     _name_dropped = False
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        self._remote = announced()
+        if self._remote is not None:
+            # Behind the engine's own layers a chunk has room for those elsewhere.
+            whole = config.worker_kv_bytes_per_block + self._remote.block_bytes
+            config = replace(config, worker_kv_bytes_per_block=whole)
+        super().__init__(config)
 
     def get_manager(self) -> OffloadingManager:
         manager = super().get_manager()
@@ -50,7 +62,11 @@ class MCPOffloadingSpec(TieringOffloadingSpec):
         )
         region._creator = False
         try:
-            return HostCopyWorker(kv_caches, self.blocks_per_chunk, region)
+            if self._remote is None:
+                return HostCopyWorker(kv_caches, self.blocks_per_chunk, region)
+            away = self._remote.groups
+            names = [(group.layer_names, away[group.group_id]) for group in self.config.groups]
+            return SplitCopyWorker(kv_caches, self.blocks_per_chunk, region, names, self._remote)
         except Exception:
             region.cleanup()
             raise

@@ -12,6 +12,7 @@ from typing import Any
 from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.errors import McpError
+from mcp_vllm.vllm_plugin import CONNECTOR
 from mcp_vllm.vllm_plugin.shared_cores import share_cores
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,11 @@ def apply(args: Any, source: str) -> None:
         setattr(args, name, ours)
     if getattr(args, "async_scheduling", None):
         raise SplitFlagError("--mcp-split contradicts --async-scheduling: steps run one by one")
-    if getattr(args, "kv_transfer_config", None) is not None:
+    transfer = getattr(args, "kv_transfer_config", None)
+    if transfer is not None and transfer.kv_connector != CONNECTOR:
         raise SplitFlagError(
-            "--mcp-split contradicts --kv-connector: the stage's blocks would not be stored"
+            f"--mcp-split contradicts --kv-connector {transfer.kv_connector}: only {CONNECTOR} "
+            "knows that a stage has blocks, too"
         )
     if os.environ.get(_RUNNER, "0") not in ("0", ""):
         raise SplitFlagError(f"--mcp-split needs {_RUNNER}=0")

@@ -5,6 +5,7 @@ import threading
 import time
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from simulated_security import Issuer, tls_files
@@ -12,6 +13,7 @@ from stages_for_tests import (
     FACTS,
     HELLO,
     KV_INIT,
+    PAGE_BYTES,
     AddingLayers,
     dialled,
     leased,
@@ -27,7 +29,7 @@ from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused
 from mcp_vllm.split.watch import Watch
-from mcp_vllm.split.wire import Kind, Step
+from mcp_vllm.split.wire import Kind, KvBlocks, Step
 from tests.waiting import wait_for
 
 
@@ -59,6 +61,31 @@ def test_a_step_without_tokens_is_settled_and_not_answered():
         link.begin(2, step_of(2))
         link.run(2, [1], rows_of(2))
         assert stage.backend.leases[0].settled == [idle]
+
+
+def test_kv_pages_are_read_and_written_between_steps_and_before_activations():
+    pages = np.arange(3 * PAGE_BYTES, dtype=np.uint8).reshape(3, PAGE_BYTES)
+    with running_stage() as stage:
+        link = leased(stage.address)
+        blocks = KvBlocks(["layers.1"], [5, 0, 2])
+        link.write_kv(blocks, memoryview(pages).cast("B"))
+        link.begin(1, step_of(2))
+        assert link.read_kv(blocks, pages.nbytes) == pages.tobytes()
+        link.write_kv(KvBlocks(["layers.1"], [1]), memoryview(pages[0]).cast("B"))
+        assert torch.equal(link.run(1, [1], rows_of(2)).activations.hidden, rows_of(2).hidden + 1)
+        held = stage.backend.leases[0].pages
+        np.testing.assert_array_equal(held[[5, 0, 2, 1, 3]], [*pages, pages[0], 0 * pages[0]])
+
+
+@pytest.mark.parametrize(
+    ("layers", "size", "message"),
+    [(["layers.9"], 64, "no such layer"), (["layers.1"], 65, "64 bytes of KV pages, not 65")],
+)
+def test_kv_pages_that_are_not_there_end_the_lease(layers, size, message):
+    with running_stage() as stage:
+        link = leased(stage.address)
+        with pytest.raises(StageLost, match=message):
+            link.read_kv(KvBlocks(layers, [0]), size)
 
 
 def test_a_stage_that_computes_for_long_is_alive():

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -30,6 +31,7 @@ from mcp_vllm.split.engine.kv_specs import decode_spec, in_dtype
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.layers import AllButSpan, building
 from mcp_vllm.split.engine.scheduler import MovingOutput, StageLostOutput
+from mcp_vllm.split.engine.stage_pages import remote_layers
 from mcp_vllm.split.engine.steps import StepEncoder
 from mcp_vllm.split.engine.support import (
     agreed_facts,
@@ -45,6 +47,7 @@ from mcp_vllm.split.noise import ActivationNoise, NoisySessions, noisy_batch
 from mcp_vllm.split.replan import Change, DecodeStep, Replanner
 from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Hello, Step
+from mcp_vllm.vllm_plugin.remote_layers import announce
 from mcp_vllm.vllm_plugin.split_settings import SETTINGS_KEY
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,7 @@ class SplitExecutor(UniProcExecutor):
         config = self.vllm_config
         self._split = SplitConfig.load(config.additional_config[SETTINGS_KEY])
         check_supported(config)
-        check_dtypes(config.model_config.dtype, self._split.stage_dtype)
+        check_dtypes(config, self._split.stage_dtype)
         self._plan = AllButSpan(*self._split.span, num_layers(config))
         self._link: Link | None = None
         self._lost: StageLost | None = None
@@ -114,6 +117,8 @@ class SplitExecutor(UniProcExecutor):
             assert self._plan.layers is not None
             self._timer = LayerTimer([self._plan.layers[0]], worker.model_runner.device)
         self._link.init_kv(self._held.kv_init(self._split.span), self._split.load_ms / 1000)
+        with_connector = self.vllm_config.kv_transfer_config is not None
+        announce(remote_layers(*kv_cache_configs, self._present_link) if with_connector else None)
         super().initialize_from_config(kv_cache_configs)
 
     def execute_model(
@@ -142,13 +147,21 @@ class SplitExecutor(UniProcExecutor):
         if proposed is None or not isinstance(output, ModelRunnerOutput):
             return output
         self._change = proposed  # once the scheduler has preempted what runs, as this output asks
+        _drop_transfers()
         return MovingOutput.of(output)
 
     def shutdown(self) -> None:
         for each in (getattr(self, "_link", None), getattr(self, "_watch", None)):
             if each is not None:
                 each.close()
+        announce(None)
         super().shutdown()
+
+    def _present_link(self) -> Link:
+        """For the connector, which reads and writes KV blocks at the stage."""
+        if self._link is None or self._lost is not None:
+            raise self._lost or StageLost("there is no stage")
+        return self._link
 
     def _begin(self, output: SchedulerOutput) -> None:
         """Send the step ahead of its activations. A loss is kept until the model reaches the span:
@@ -257,10 +270,12 @@ class SplitExecutor(UniProcExecutor):
             self._link.close()
             self._last = error, self._link.stage
         self._link, self._lost = None, None
+        _drop_transfers()
 
     def _take_over(self, output: SchedulerOutput) -> None:
-        """Before a step that needs the layers, with nobody to run them."""
-        if output.total_num_scheduled_tokens == 0:
+        """Before a step that needs the layers, or their KV blocks, with nobody to have them."""
+        loads = getattr(output.kv_connector_metadata, "load_jobs", None)
+        if output.total_num_scheduled_tokens == 0 and not loads:
             return
         try:
             self._use(self._takeover.after(*self._last))
@@ -296,6 +311,12 @@ class SplitExecutor(UniProcExecutor):
             form=self._split.form,
             dtype=_name(config.model_config.dtype),
         )
+
+
+def _drop_transfers() -> None:
+    """The scheduler starts over: see SplitScheduler."""
+    if has_kv_transfer_group():
+        get_kv_transfer_group().drop_transfers()
 
 
 def _name(dtype: torch.dtype) -> str:

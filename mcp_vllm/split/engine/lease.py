@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.sequence import IntermediateTensors
@@ -32,7 +34,9 @@ from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
 from mcp_vllm.split.spans import Span
-from mcp_vllm.split.wire import Hello, KvInit, KvPlan, Step, Welcome
+from mcp_vllm.split.wire import Hello, KvBlocks, KvInit, KvPlan, Step, Welcome
+from mcp_vllm.vllm_plugin.remote_layers import Pages
+from mcp_vllm.vllm_plugin.split_copies import pages_of
 
 Rows = tuple[list[int], Activations]
 
@@ -93,6 +97,7 @@ class StageLease:
         self._timer = timer
         self._config = _lease_config(config, hello)
         self._kv_caches: dict[str, Any] = {}
+        self._num_blocks = 0
         self._layer_seconds: list[float] = []
         self._decoder: StepDecoder | None = None
         with turn.lock, set_current_vllm_config(self._config):
@@ -110,7 +115,7 @@ class StageLease:
         if self._hello.is_client:
             num_blocks = self.welcome.kv_bytes // block_bytes
         self._check_groups(groups, num_blocks)
-        cache.num_gpu_blocks = num_blocks
+        cache.num_gpu_blocks = self._num_blocks = num_blocks
         cache.hash_block_size = kv_init.hash_block_size
         cache.cache_hit_alignment_tokens = kv_init.alignment
         pool_bytes = num_blocks * block_bytes
@@ -153,6 +158,37 @@ class StageLease:
         with self._turn.lock:
             self._turn.bind(self, self._span, self._kv_caches)
             self._runner.execute_model(output)
+
+    def read_kv(self, wanted: KvBlocks) -> memoryview:
+        pages = self._pages(wanted)
+        blocks = np.array(wanted.blocks)
+        return memoryview(np.stack([each[blocks] for each in pages])).cast("B")
+
+    def write_kv(self, given: KvBlocks, pages: bytearray) -> None:
+        targets = self._pages(given)
+        shape = len(targets), len(given.blocks), targets[0].shape[1]
+        if len(pages) != math.prod(shape):
+            raise _bad_blocks(f"{len(pages)} bytes for {shape[0]} layers and {shape[1]} blocks")
+        blocks = np.array(given.blocks)
+        for target, of_layer in zip(
+            targets, np.frombuffer(pages, np.uint8).reshape(shape), strict=True
+        ):
+            target[blocks] = of_layer
+
+    def _pages(self, which: KvBlocks) -> list[Pages]:
+        """The layers' blocks as bytes [block, byte]. Raises StageRefused."""
+        if not which.layers or not which.blocks or not set(which.layers) <= set(self._kv_caches):
+            raise _bad_blocks("no layers or blocks of this lease")
+        sizes = {decode_spec(self.welcome.kv_specs[each]).page_size_bytes for each in which.layers}
+        size = max(sizes) * len(which.layers) * len(which.blocks)
+        if len(sizes) > 1 or size > wire.MAX_KV_BYTES:
+            raise _bad_blocks(f"{size} bytes of pages, or pages of several sizes")
+        if not (min(which.blocks) >= 0 and max(which.blocks) < self._num_blocks):
+            raise _bad_blocks(f"a block that is not from 0 to {self._num_blocks - 1}")
+        caches = [self._kv_caches[each] for each in which.layers]
+        if any(each.device.type != "cpu" for each in caches):
+            raise StageRefused("", "model", "KV blocks can be read where they are in host memory")
+        return [pages_of(each, self._num_blocks, max(sizes)) for each in caches]
 
     def layer_seconds(self) -> list[float]:
         return self._layer_seconds
@@ -251,6 +287,10 @@ class _Awaited(IntermediateTensors):
         restored = torch.empty_like(rows)
         restored[self._source] = rows
         return restored
+
+
+def _bad_blocks(what: str) -> StageRefused:
+    return StageRefused("", "step", f"KV blocks that cannot be: {what}")
 
 
 def _decoded(kv_init: KvInit) -> list[KVCacheGroupSpec]:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 
 @dataclass
@@ -42,11 +43,32 @@ class SplitScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         if isinstance(model_runner_output, StageLostOutput):
-            self.reset_prefix_cache(reset_running_requests=True)
+            self._start_over()
             if model_runner_output.failure is not None:
                 # vLLM's list of requests that `update_from_output` ends with an error.
                 self.grammar_compile_error_reqs.update(self.requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if isinstance(model_runner_output, MovingOutput):
-            self.reset_prefix_cache(reset_running_requests=True)
+            self._start_over()
         return outputs
+
+    def _start_over(self) -> None:
+        """No KV block holds anything any more, nor do host chunks that were being filled. Whoever
+        waits for chunks to be loaded, or has some and does not run yet, begins anew, too; what the
+        agent has is loaded again."""
+        for request in list(self.kv_holding_waiting):
+            self.kv_holding_waiting.remove_request(request)
+            self.deferred_waiting.discard(request)
+            self._free_request_blocks(request)
+            self.finished_recving_kv_req_ids.discard(request.request_id)
+            self.failed_recving_kv_req_ids.discard(request.request_id)
+            request.num_computed_tokens = 0
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                again = request.num_preemptions > 0
+                request.status = RequestStatus.PREEMPTED if again else RequestStatus.WAITING
+            elif self._is_blocked_waiting_status(request.status):
+                self.deferred_waiting.add(request)
+            self.waiting.prepend_request(request)
+        for request in [each for each in self.requests.values() if each.is_finished()]:
+            self._free_blocks(request)  # aborted while chunks were on their way
+        self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)

@@ -6,9 +6,11 @@ import logging
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
+from vllm.platforms import current_platform
 
 from mcp_vllm.split.engine.machine import native_dtypes
 from mcp_vllm.split.errors import SplitError
+from mcp_vllm.vllm_plugin import CONNECTOR
 from mcp_vllm.vllm_plugin.compat import release, vllm_version
 from mcp_vllm.vllm_plugin.fingerprint import model_facts
 
@@ -22,12 +24,15 @@ class SplitUnsupported(SplitError):
 def check_supported(config: VllmConfig) -> None:
     """Raises SplitUnsupported."""
     model, parallel = config.model_config, config.parallel_config
+    transfer = config.kv_transfer_config
     unsupported = {
         "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
-        "a KV connector (the stage's blocks would not be stored)": config.kv_transfer_config
-        is not None,
+        f"another KV connector than {CONNECTOR}": transfer is not None
+        and transfer.kv_connector != CONNECTOR,
+        "a KV connector where KV blocks are not in host memory": transfer is not None
+        and not current_platform.is_cpu(),
         "speculative decoding": config.speculative_config is not None,
         "LoRA": config.lora_config is not None,
         "async scheduling": bool(config.scheduler_config.async_scheduling),
@@ -51,8 +56,12 @@ def check_supported(config: VllmConfig) -> None:
         )
 
 
-def check_dtypes(ours: torch.dtype, stage: str | None) -> None:
-    """Raises SplitUnsupported: KV blocks of the two sides would differ in size."""
+def check_dtypes(config: VllmConfig, stage: str | None) -> None:
+    """Raises SplitUnsupported: KV blocks of the two sides would differ in size, or host chunks hold
+    two types."""
+    ours = config.model_config.dtype
+    if stage is not None and config.kv_transfer_config is not None:
+        raise SplitUnsupported(f"stage_dtype {stage} does not go with a KV connector")
     if stage is not None and ours.itemsize != 2:
         raise SplitUnsupported(
             f"stage_dtype {stage} goes with --dtype float16 or bfloat16, not with {ours}"

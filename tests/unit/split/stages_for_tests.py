@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 import torch
 
 from mcp_vllm.config.split import SplitConfig, StageSecurity
@@ -20,6 +21,7 @@ from mcp_vllm.split.stage_server import Rows, StageServer
 from mcp_vllm.split.wire import (
     About,
     Hello,
+    KvBlocks,
     KvGroup,
     KvInit,
     KvPlan,
@@ -30,6 +32,7 @@ from mcp_vllm.split.wire import (
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
 
 WIDTH = 8
+PAGE_BYTES = 64
 FACTS = {"model.weights": "aaaa", "dtype": "bfloat16", "block_tokens": "16"}
 SPEC = ("FullAttentionSpec", {"block_size": 16})
 KV_INIT = KvInit(num_blocks=8, layout=None, groups=[KvGroup(["layers.1"], SPEC)])
@@ -78,9 +81,18 @@ class AddingLease:
     def __init__(self, backend: AddingLayers) -> None:
         self._backend = backend
         self.settled: list[Step] = []
+        self.pages = np.zeros((KV_INIT.num_blocks, PAGE_BYTES), np.uint8)
 
     def init_kv(self, kv_init: KvInit) -> None:
         assert kv_init == KV_INIT
+
+    def read_kv(self, wanted: KvBlocks) -> memoryview:
+        if wanted.layers != ["layers.1"]:
+            raise StageRefused("", "step", "no such layer")
+        return memoryview(self.pages[wanted.blocks]).cast("B")
+
+    def write_kv(self, given: KvBlocks, pages: bytearray) -> None:
+        self.pages[given.blocks] = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)
 
     def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
         order, rows = take()

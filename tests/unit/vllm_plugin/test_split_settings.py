@@ -46,7 +46,7 @@ def test_a_second_call_changes_nothing():
         ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend"),
         ({"scheduler_cls": "mine.Scheduler"}, "--scheduler-cls"),
         ({"async_scheduling": True}, "--async-scheduling"),
-        ({"kv_transfer_config": object()}, "--kv-connector"),
+        ({"kv_transfer_config": SimpleNamespace(kv_connector="lmcache")}, "--kv-connector"),
     ],
 )
 def test_a_contradiction_names_both_flags(given, flag):
@@ -84,3 +84,9 @@ def test_who_has_said_how_threads_wait_is_obeyed():
     environ = {"OMP_WAIT_POLICY": "active"}
     share_cores(environ)
     assert environ == {"OMP_WAIT_POLICY": "active"}
+
+
+def test_our_own_connector_goes_together_with_a_split():
+    ours = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="mcp"))
+    split_settings.apply(ours, SPLIT)
+    assert ours.scheduler_cls == split_settings.SCHEDULER
