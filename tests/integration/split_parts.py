@@ -203,7 +203,9 @@ def assert_same_tokens(ours: list[Answer], reference: list[Answer]) -> None:
             assert a.tokens == b.tokens, number
 
 
-def assert_same_or_near_tie(ours: list[Answer], reference: list[Answer]) -> list[str]:
+def assert_same_or_near_tie(
+    ours: list[Answer], reference: list[Answer], near_tie: float = NEAR_TIE
+) -> list[str]:
     """After a recompute a greedy choice may fall otherwise where two tokens are as good as equal,
     as in vLLM itself; from there on the texts are different ones. Returns the near-ties."""
     ties = []
@@ -215,7 +217,7 @@ def assert_same_or_near_tie(ours: list[Answer], reference: list[Answer]) -> list
         if differing:
             first = differing[0]
             gap = min(a.gaps[first], b.gaps[first])
-            assert gap < NEAR_TIE, f"request {number}, token {first}: gap {gap:.3f}"
+            assert gap < near_tie, f"request {number}, token {first}: gap {gap:.3f}"
             ties.append(f"request {number}: token {first} of {len(a.tokens)}, gap {gap:.4f}")
     return ties
 

@@ -4,6 +4,9 @@ import random
 
 import pytest
 
+from mcp_vllm.demo.pair import SHARED_CORES, START_DEADLINE_S, Pair
+from tests.integration.engine_client import NEAR_TIE_BF16, complete
+from tests.integration.engine_client import assert_same_or_near_tie as assert_same_completion
 from tests.integration.split_engine import Request, Signal
 from tests.integration.split_parts import (
     assert_same_or_near_tie,
@@ -58,5 +61,30 @@ def test_a_stage_that_dies_leaves_no_wrong_block_behind(gemma_model):
             played = play(engine, made, made, signals=kill)
         assert "local layers took over" in played.log, played.log[-6000:]
         for answers, expected in zip(played.answers, whole.answers, strict=True):
-            assert_same_or_near_tie(answers, expected)
+            assert_same_or_near_tie(answers, expected, NEAR_TIE_BF16)
         assert all(each.cached >= 320 for each in played.answers[1])
+
+
+def test_a_session_moves_between_split_engines_with_what_the_stage_has_of_it(gemma_model, tmp_path):
+    """Two `vllm serve`, each with its lease at one stage, and their agents."""
+    rng = random.Random(3)
+    prompt = [rng.randrange(1000, 60_000) for _ in range(700)]
+    options = ("--max-model-len", "4096")
+    with (
+        stage_of(gemma_model, "6:12", "--leases", "2", vllm_args=options) as stage,
+        Pair(tmp_path, SHARED_CORES) as pair,
+    ):
+        stage.wait_ready()
+        split = split_of("6:12", stage.address)
+        for host in pair.hosts.values():
+            host.start_engine(gemma_model, ("--mcp-split", split, "--max-num-seqs", "8"))
+            host.engine.wait_ready(START_DEADLINE_S)
+        told = {"session_id": "alice"}
+        first = complete(pair["A"].engine_url, prompt, 32, params=told)
+        pair["A"].wait_until_stored("alice")
+        longer = [*prompt, *first.tokens]
+        moved = complete(pair["B"].engine_url, longer, 32, params=told)
+        assert moved.params["imported_tokens"] >= 640
+        stayed = complete(pair["A"].engine_url, longer, 32)
+        assert_same_completion(stayed, moved, "after a move", NEAR_TIE_BF16)
+        assert stage.metric("mcp_stage_leases") == 2
