@@ -197,4 +197,4 @@ class SmallCodec(TransformCodec):
 
     name = "small"
     codec_id = 5
-    default_step = 0.006
+    default_step = 0.007
