@@ -65,13 +65,34 @@ def num_cells(grids: UInt8s, channels: int, num_symbols: int) -> int:
     return total
 
 
+@kernel("(Array(uint8, 1, 'C', readonly=True), uint8[::1])")
+def pack_classes(classes: UInt8s, packed: UInt8s) -> None:
+    """Classes, which are below 16, two a byte: those of the first half low, of the second high.
+    ``packed`` [half, rounded up].
+    """
+    packed[:] = classes[: packed.size]
+    second = classes[packed.size :]
+    for index in range(second.size):
+        packed[index] |= second[index] << np.uint8(4)
+
+
+@kernel("(Array(uint8, 1, 'C', readonly=True), uint8[::1])")
+def unpack_classes(packed: UInt8s, classes: UInt8s) -> None:
+    """The inverse of pack_classes."""
+    first, second = classes[: packed.size], classes[packed.size :]
+    for index in range(first.size):
+        first[index] = packed[index] & np.uint8(15)
+    for index in range(second.size):
+        second[index] = packed[index] >> np.uint8(4)
+
+
 @kernel("boolean(Array(uint8, 1, 'C', readonly=True), int64)")
 def all_below(values: UInt8s, bound: int) -> bool:
     """Whether all are; numpy's own maximum takes several times as long for so few."""
-    largest = 0
+    num_others = 0
     for index in range(values.size):
-        largest = max(largest, int(values[index]))
-    return values.size == 0 or largest < bound
+        num_others += int(values[index] >= bound)
+    return num_others == 0
 
 
 @kernel("(Array(uint8, 1, 'C', readonly=True), int64, uint8[::1])")

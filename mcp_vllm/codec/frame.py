@@ -6,7 +6,7 @@ All integers are little-endian. The header is followed by the parts, without pad
 offset bytes field
 ====== ===== ==================================================================================
 0      4     magic, ``MCPF``
-4      1     format version, 3
+4      1     format version, 4
 5      1     codec id (registry.py); the codec defines what its parts hold
 6      1     element type, an index into layout.ELEMENTS
 7      1     number of parts P, 0..12
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from mcp_vllm.codec.planes import KVLayout
 
 MAGIC = b"MCPF"
-VERSION = 3
+VERSION = 4
 MAX_KEY_SIZE = 256
 
 _FIXED = struct.Struct("<4sBBBBIHHQQ16s")

@@ -9,7 +9,8 @@ class gets a static rANS table (rans.py). Parts of an encoded chunk:
 
 1. uint32 size of the head, then the head compressed by zstandard: uint32 channels; uint8 number of
    classes; uint8 first and last symbol that occur; the grid of each unit (uint8); the class of each
-   cell (uint8); per class the frequencies from the first symbol to the last (uint16)
+   cell (4 bits: those of the first half of the cells are the low ones of each byte); per class the
+   frequencies from the first symbol to the last (uint16)
 2. rANS (rans.py), with many lanes from MANY_LANES_FROM symbols on
 3. a part for each residual byte of the element, lowest first: stored, or zstandard if smaller
 4. the bytes after the last whole element, if any
@@ -144,11 +145,13 @@ class _Head:
     def pack(self, level: int) -> bytes:
         present = np.flatnonzero(self.frequencies.any(axis=0))
         first, last = int(present[0]), int(present[-1])
+        packed = np.empty((self.cell_classes.size + 1) // 2, np.uint8)
+        cells.pack_classes(self.cell_classes, packed)
         head = b"".join(
             [
                 _HEAD.pack(self.channels, len(self.frequencies), first, last),
                 self.grids.tobytes(),
-                self.cell_classes.tobytes(),
+                packed.tobytes(),
                 self.frequencies[:, first : last + 1].tobytes(),
             ]
         )
@@ -170,7 +173,9 @@ class _Head:
         if not cells.all_below(grids, cells.NUM_GRIDS):
             raise FrameError("lossless part names an unknown grid")
         num_cells = cells.num_cells(grids, channels, num_symbols)
-        cell_classes = np.frombuffer(fields.take(num_cells), np.uint8)
+        packed = np.frombuffer(fields.take((num_cells + 1) // 2), np.uint8)
+        cell_classes = np.empty(num_cells, np.uint8)
+        cells.unpack_classes(packed, cell_classes)
         if not cells.all_below(cell_classes, num_classes):
             raise FrameError("lossless part names a class without a table")
         num_present = max(0, last + 1 - first)
@@ -204,7 +209,7 @@ def _decompress_head(part: memoryview, num_symbols: int) -> bytes:
     if len(part) < 4:
         raise FrameError("lossless part is truncated")
     (size,) = struct.unpack_from("<I", part)
-    # A grid and a class for each cell, of which there are fewer than symbols, and the tables.
+    # Grids and half a byte for each cell, of which there are fewer than symbols, and the tables.
     if size > 2 * num_symbols + MAX_CLASSES * 1024:
         raise FrameError(f"lossless part claims a head of {size} bytes")
     return decompress_exactly(part[4:], size)
