@@ -21,7 +21,9 @@ from throttle import Throttle
 
 from mcp_vllm.demo.engines import HOST, free_port
 
-BURST = "256kb"
+# What passes at once before the rate holds, as time at that rate: more would hide the rate from
+# whoever measures it by a few messages.
+BURST_S = 0.0004
 QUEUE = "50ms"
 
 
@@ -71,7 +73,7 @@ def network_link(mbit_s: int) -> Iterator[ShapedLink]:
         for number, name in enumerate(names, start=1):
             _address(name, "mcp", f"10.77.0.{number}/24")
             _run("tc", "-n", name, "qdisc", "add", "dev", "mcp", "root", "tbf",
-                 "rate", f"{mbit_s}mbit", "burst", BURST, "latency", QUEUE)  # fmt: skip
+                 "rate", f"{mbit_s}mbit", "burst", _burst(mbit_s), "latency", QUEUE)  # fmt: skip
             ours, port = f"mcp{pid}{number}", free_port()
             _run("ip", "link", "add", ours, "type", "veth", "peer", "name", "own", "netns", name)
             _run("ip", "addr", "add", f"10.77.{number}.1/24", "dev", ours)
@@ -86,7 +88,7 @@ def network_link(mbit_s: int) -> Iterator[ShapedLink]:
                     f"http://10.77.{number}.2:{port}",
                 )
             )
-        what = f"two network namespaces, veth, tc tbf rate {mbit_s}mbit burst {BURST}"
+        what = f"two network namespaces, veth, tc tbf rate {mbit_s}mbit burst {_burst(mbit_s)}"
         yield ShapedLink(what, (places[0], places[1]), mbit_s * 1e6 / 8)
 
 
@@ -109,7 +111,7 @@ class FarPlace:
             subprocess.run([*tc, "qdisc", "del", "dev", device, "root"], capture_output=True)
             if mbit_s is not None:
                 _run(*tc, "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{mbit_s}mbit",
-                     "burst", BURST, "latency", QUEUE)  # fmt: skip
+                     "burst", _burst(mbit_s), "latency", QUEUE)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -167,6 +169,10 @@ def running_throttles(targets: list[str], bytes_s: float) -> Iterator[list[Throt
 def _address(namespace: str, device: str, address: str) -> None:
     _run("ip", "-n", namespace, "addr", "add", address, "dev", device)
     _run("ip", "-n", namespace, "link", "set", device, "up")
+
+
+def _burst(mbit_s: float) -> str:
+    return f"{round(mbit_s * 1e6 / 8 * BURST_S)}b"
 
 
 def _run(*command: str) -> None:
