@@ -21,6 +21,7 @@ from mcp_vllm.split.errors import StageLost, StageTimeout, WireError
 from mcp_vllm.split.wire import HEADER, Kind
 
 BUFFER_BYTES = 4 << 20
+_TLS_BYTES = 128 << 10
 # A peer that vanished without a word is noticed after IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -146,8 +147,11 @@ class Channel:
     def _send_all(self, parts: list[memoryview], silence_s: float | None) -> None:
         self._socket.settimeout(silence_s)
         if not self._sends_parts:
+            # A deadline is for one call, however much it has to send.
             for part in parts:
-                self._socket.sendall(part)
+                octets = part.cast("B")
+                for start in range(0, len(octets), _TLS_BYTES):
+                    self._socket.sendall(octets[start : start + _TLS_BYTES])
             return
         while parts:
             sent = self._socket.sendmsg(parts)

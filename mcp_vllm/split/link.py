@@ -120,7 +120,9 @@ class Link:
         self.channel.send(kind, about, payload, patience=self.patience)
         try:
             message = self._receive(answer, 0, self.patience)
-        except (StageRefused, WireError) as error:
+        except StageRefused as error:
+            raise StageLost(str(error), "memory" if error.code == "memory" else "gone") from error
+        except WireError as error:
             raise StageLost(str(error)) from error
         if len(message.payload) != size_bytes:
             raise StageLost(f"{len(message.payload)} bytes of KV pages, not {size_bytes}")
@@ -138,13 +140,23 @@ _PINGS = 3
 class Stages:
     """The stages of the configuration, which is next, and how long each may take."""
 
-    def __init__(self, config: SplitConfig, hello: Hello, dtype: torch.dtype | None) -> None:
-        """`dtype` None: the stage's, which it tells clients.
+    def __init__(
+        self,
+        config: SplitConfig,
+        hello: Hello,
+        dtype: torch.dtype | None,
+        packing: str | None = None,
+    ) -> None:
+        """
+        Args:
+            dtype: None: the stage's, which it tells clients.
+            packing: how KV pages must be arranged, where ours are stored with them; None: any way.
 
         Raises SecurityError: a certificate or the token cannot be used."""
         self._config = config
         self._hello = hello
         self._dtype = dtype
+        self._packing = packing
         self._next = 0
         self._step_s: dict[str, float] = {}
         self._tls = _tls(config)
@@ -240,6 +252,10 @@ class Stages:
             welcome = wire.decode(Welcome, message.metadata)
             if not 1 <= welcome.width <= wire.MAX_WIDTH:
                 raise WireError(f"activations of {welcome.width} elements a token")
+            if self._packing not in (None, welcome.packing):
+                said = f"KV pages are for {welcome.packing[:60] or 'it does not say what'}"
+                with_ours = f"ours for {self._packing}, and the connector stores both together"
+                raise StageRefused(stage, "model", f"{said}, {with_ours}")
             dtype = self._dtype or _dtype_of(welcome)
             form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         except BaseException:

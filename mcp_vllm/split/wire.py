@@ -155,6 +155,7 @@ class Welcome(msgspec.Struct, frozen=True):
     tensors: names of what goes from layer to layer: hidden_states, and residual if there is one.
     width: elements a token in each of them.
     layers: FIRST:END that the stage holds, of which the lease has those that Hello asks for.
+    packing: how the stage's machine arranges KV pages, for engines that store them.
     """
 
     kv_specs: dict[str, KvSpec]
@@ -163,6 +164,7 @@ class Welcome(msgspec.Struct, frozen=True):
     width: int
     layers: str
     about: About | None = None
+    packing: str = ""
 
 
 class KvGroup(msgspec.Struct, frozen=True):

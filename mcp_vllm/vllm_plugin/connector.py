@@ -139,6 +139,18 @@ class MCPConnector(OffloadingConnector):
         self.connector_worker._unsubmitted_store_jobs.clear()
         self.connector_worker._load_jobs.clear()
 
+    def forget_blocks(self) -> None:
+        """Of requests that end, or begin anew: nothing of these blocks is to be stored."""
+        for status in self.scheduler._req_status.values():
+            for state in status.group_states:
+                state.block_ids.clear()
+
+    def let_go(self) -> None:
+        """Hold no KV cache: other ones are about to be made."""
+        worker = self.connector_worker.worker
+        if isinstance(worker, SplitCopyWorker):
+            worker.place({})
+
     def _chains_of(self, request_id: str) -> list[list[OffloadKey]]:
         status = self.scheduler._req_status.get(request_id)
         return [state.offload_keys for state in status.group_states] if status else []

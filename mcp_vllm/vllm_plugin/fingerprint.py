@@ -45,7 +45,7 @@ def engine_fingerprint(
         "block_tokens": ",".join(str(group.tokens_per_block) for group in spec.config.groups),
         "chunk_blocks": str(spec.blocks_per_chunk),
         "groups": _groups(kv_cache_config),
-        "layout": f"{spec.config.kv_cache_layout}/{_attention_packing()}",
+        "layout": f"{spec.config.kv_cache_layout}/{attention_packing()}",
         "parallel": f"tp{parallel.tp_size} pp{parallel.pp_size} "
         f"pcp{parallel.pcp_size} dcp{parallel.dcp_size} world{parallel.world_size}",
         "hash.algorithm": str(cache.prefix_caching_hash_algo),
@@ -109,8 +109,9 @@ def _groups(kv_cache_config: KVCacheConfig) -> str:
     return f"{len(described)} groups {_digest(described)}"
 
 
-def _attention_packing() -> str:
-    """On CPU the attention kernel packs K for its instruction set."""
+def attention_packing() -> str:
+    """How this machine keeps KV pages: on CPU the attention kernel packs them for its instruction
+    set."""
     if not current_platform.is_cpu():
         return current_platform.device_name
     if torch.cpu._is_amx_tile_supported():

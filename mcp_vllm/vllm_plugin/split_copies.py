@@ -47,6 +47,7 @@ class SplitCopyWorker(HostCopyWorker):
         remote: RemoteLayers,
     ) -> None:
         super().__init__(kv_caches, blocks_per_chunk, region)
+        self._pages.clear()  # `place` gives the engine's own, which change
         self._remote = remote
         self._num_blocks = len(kv_caches.tensors[0].tensor)
         away = region.create_next_worker_view(remote.block_bytes * blocks_per_chunk)

@@ -65,6 +65,27 @@ def test_a_stage_that_dies_leaves_no_wrong_block_behind(gemma_model):
         assert all(each.cached >= 320 for each in played.answers[1])
 
 
+def test_a_stage_that_dies_among_requests_that_come_load_and_store(gemma_model):
+    """A request that the worker has not seen when the loss shows must not be unknown to it."""
+    rng = random.Random(4)
+    made = [
+        Request([rng.randrange(1000, 60_000) for _ in range(300 + 30 * i)], TOKENS, arrives=4 * i)
+        for i in range(5)
+    ]
+    room = {"num_gpu_blocks_override": 208, "max_model_len": 480, "max_num_seqs": 3}
+    whole = play(engine_of(gemma_model, **room, **CONNECTOR), made, made)
+    for step in (9, 17):
+        with stage_of(gemma_model, "6:12") as stage:
+            stage.wait_ready()
+            split = split_of("6:12", stage.address)
+            kill = [Signal(step, stage.process.pid, "SIGKILL")]
+            engine = engine_of(gemma_model, **room, **CONNECTOR, mcp_split=split)
+            played = play(engine, made, made, signals=kill)
+        assert "local layers took over" in played.log, played.log[-6000:]
+        for answers, expected in zip(played.answers, whole.answers, strict=True):
+            assert_same_or_near_tie(answers, expected, NEAR_TIE_BF16)
+
+
 def test_a_session_moves_between_split_engines_with_what_the_stage_has_of_it(gemma_model, tmp_path):
     """Two `vllm serve`, each with its lease at one stage, and their agents."""
     rng = random.Random(3)

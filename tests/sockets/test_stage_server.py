@@ -77,6 +77,14 @@ def test_kv_pages_are_read_and_written_between_steps_and_before_activations():
         np.testing.assert_array_equal(held[[5, 0, 2, 1, 3]], [*pages, pages[0], 0 * pages[0]])
 
 
+def test_an_engine_that_stores_kv_refuses_a_stage_that_packs_it_otherwise():
+    with running_stage() as stage:
+        with pytest.raises(StageRefused, match="KV pages are for it does not say what, ours for x"):
+            dialled(stages(stage.address, packing="x86_64 amx"))
+        wait_for("the lease to end", lambda: not stage.backend.leases)
+        dialled(stages(stage.address)).close()
+
+
 @pytest.mark.parametrize(
     ("layers", "size", "message"),
     [(["layers.9"], 64, "no such layer"), (["layers.1"], 65, "64 bytes of KV pages, not 65")],

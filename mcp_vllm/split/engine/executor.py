@@ -35,6 +35,7 @@ from mcp_vllm.split.engine.stage_pages import remote_layers
 from mcp_vllm.split.engine.steps import StepEncoder
 from mcp_vllm.split.engine.support import (
     agreed_facts,
+    check_connector,
     check_dtypes,
     check_supported,
     num_layers,
@@ -47,6 +48,7 @@ from mcp_vllm.split.noise import ActivationNoise, NoisySessions, noisy_batch
 from mcp_vllm.split.replan import Change, DecodeStep, Replanner
 from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Hello, Step
+from mcp_vllm.vllm_plugin.fingerprint import attention_packing
 from mcp_vllm.vllm_plugin.remote_layers import announce
 from mcp_vllm.vllm_plugin.split_settings import SETTINGS_KEY
 
@@ -65,7 +67,8 @@ class SplitExecutor(UniProcExecutor):
         config = self.vllm_config
         self._split = SplitConfig.load(config.additional_config[SETTINGS_KEY])
         check_supported(config)
-        check_dtypes(config, self._split.stage_dtype)
+        check_dtypes(config.model_config.dtype, self._split.stage_dtype)
+        check_connector(config, self._split)
         self._plan = AllButSpan(*self._split.span, num_layers(config))
         self._link: Link | None = None
         self._lost: StageLost | None = None
@@ -86,7 +89,8 @@ class SplitExecutor(UniProcExecutor):
         with building(self._plan):
             super()._init_executor()
         self._plan.gate.exchange = self._exchange
-        self._stages = Stages(self._split, self._hello(), config.model_config.dtype)
+        packing = attention_packing() if config.kv_transfer_config is not None else None
+        self._stages = Stages(self._split, self._hello(), config.model_config.dtype, packing)
         self._link = self._stages.connect()
         warn_if_slow(config, self.driver_worker.worker.device)
         self._encoder = StepEncoder()
@@ -129,11 +133,14 @@ class SplitExecutor(UniProcExecutor):
         if self._link is None and self._held.span is not None:
             self._take_over(scheduler_output)
         self._account(scheduler_output)
+        self._flush_stores(scheduler_output)
         self._begin(scheduler_output)
         started = time.perf_counter()
         try:
             result = super().execute_model(scheduler_output, non_block)
             self._observe(scheduler_output, time.perf_counter() - started)
+            if self._lost is not None and scheduler_output.total_num_scheduled_tokens == 0:
+                raise self._lost  # what was to be stored or loaded in this step was not
             return result
         except StageLost as error:
             self._note_loss(error)
@@ -156,6 +163,17 @@ class SplitExecutor(UniProcExecutor):
                 each.close()
         announce(None)
         super().shutdown()
+
+    def _flush_stores(self, output: SchedulerOutput) -> None:
+        """Store what earlier steps have left, before the stage hears of this one's blocks. Also,
+        the worker, which would do it later, must see every step: a loss is kept here."""
+        if output.kv_connector_metadata is None or not has_kv_transfer_group():
+            return
+        try:
+            get_kv_transfer_group().handle_preemptions(output.kv_connector_metadata)
+        except StageLost as error:
+            self._lost = error
+            _drop_transfers()
 
     def _present_link(self) -> Link:
         """For the connector, which reads and writes KV blocks at the stage."""
@@ -202,7 +220,11 @@ class SplitExecutor(UniProcExecutor):
         if self._noise is not None:
             used = noisy_batch(self._noise, used, {each: self._counts[each] for each in req_ids})
         started = time.perf_counter()
-        answer = self._link.run(self._number, order, used)
+        try:
+            answer = self._link.run(self._number, order, used)
+        except StageLost as error:
+            self._lost = error  # what else is in this step need not try again
+            raise
         self._answered = answer.stage_s, time.perf_counter() - started
         self._takeover.note_success()
         result = answer.activations

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_utils import (
@@ -163,6 +164,8 @@ class HeldLayers:
         here.hash_block_size = self._kv.hash_block_size
         here.cache_hit_alignment_tokens = self._kv.cache_hit_alignment_tokens
         runner = self._worker.model_runner
+        if has_kv_transfer_group():
+            get_kv_transfer_group().let_go()
         clear_layer_kv_caches(self._config.compilation_config.static_forward_context.values())
         runner.kv_caches.clear()
         runner.attn_groups.clear()

@@ -98,6 +98,7 @@ class StageLease:
         self._config = _lease_config(config, hello)
         self._kv_caches: dict[str, Any] = {}
         self._num_blocks = 0
+        self._page_bytes: dict[str, int] = {}
         self._layer_seconds: list[float] = []
         self._decoder: StepDecoder | None = None
         with turn.lock, set_current_vllm_config(self._config):
@@ -133,6 +134,7 @@ class StageLease:
             self._runner.initialize_kv_cache(planned)
             if planned.needs_kv_cache_zeroing and hasattr(self._runner, "_init_kv_zero_meta"):
                 self._runner._init_kv_zero_meta()
+            self._page_bytes = _page_bytes(groups)
             names = self.welcome.kv_specs
             self._kv_caches = {name: self._turn.layers[name].kv_cache for name in names}
         limits = self._limits(groups, num_blocks)
@@ -177,9 +179,11 @@ class StageLease:
 
     def _pages(self, which: KvBlocks) -> list[Pages]:
         """The layers' blocks as bytes [block, byte]. Raises StageRefused."""
-        if not which.layers or not which.blocks or not set(which.layers) <= set(self._kv_caches):
-            raise _bad_blocks("no layers or blocks of this lease")
-        sizes = {decode_spec(self.welcome.kv_specs[each]).page_size_bytes for each in which.layers}
+        names = set(which.layers)
+        is_ours = len(names) == len(which.layers) and names <= set(self._page_bytes)
+        if not (which.blocks and which.layers and is_ours):
+            raise _bad_blocks("no layers or blocks of this lease, or some twice")
+        sizes = {self._page_bytes[each] for each in names}
         size = max(sizes) * len(which.layers) * len(which.blocks)
         if len(sizes) > 1 or size > wire.MAX_KV_BYTES:
             raise _bad_blocks(f"{size} bytes of pages, or pages of several sizes")
@@ -287,6 +291,17 @@ class _Awaited(IntermediateTensors):
         restored = torch.empty_like(rows)
         restored[self._source] = rows
         return restored
+
+
+def _page_bytes(groups: list[KVCacheGroupSpec]) -> dict[str, int]:
+    """Of a block of each layer."""
+    return {
+        name: getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        .get(name, group.kv_cache_spec)
+        .page_size_bytes
+        for group in groups
+        for name in group.layer_names
+    }
 
 
 def _bad_blocks(what: str) -> StageRefused:

@@ -56,9 +56,11 @@ class SplitScheduler(Scheduler):
         """No KV block holds anything any more, nor do host chunks that were being filled. Whoever
         waits for chunks to be loaded, or has some and does not run yet, begins anew, too; what the
         agent has is loaded again."""
-        for request in list(self.kv_holding_waiting):
+        for request in reversed(list(self.kv_holding_waiting)):
             self.kv_holding_waiting.remove_request(request)
             self.deferred_waiting.discard(request)
+            self._inflight_prefills.discard(request)
+            self._set_kv_fetch_stage(request, None)
             self._free_request_blocks(request)
             self.finished_recving_kv_req_ids.discard(request.request_id)
             self.failed_recving_kv_req_ids.discard(request.request_id)
@@ -66,9 +68,14 @@ class SplitScheduler(Scheduler):
             if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
                 again = request.num_preemptions > 0
                 request.status = RequestStatus.PREEMPTED if again else RequestStatus.WAITING
-            elif self._is_blocked_waiting_status(request.status):
+            elif request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+                # Its prompt so far is in its blocks only. vLLM's list of requests that end with an
+                # error.
                 self.deferred_waiting.add(request)
+                self.grammar_compile_error_reqs.add(request.request_id)
             self.waiting.prepend_request(request)
         for request in [each for each in self.requests.values() if each.is_finished()]:
             self._free_blocks(request)  # aborted while chunks were on their way
         self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        if self.connector is not None:
+            self.connector.forget_blocks()

@@ -47,6 +47,7 @@ from mcp_vllm.split.stage_http import serve_http
 from mcp_vllm.split.stage_server import StageServer
 from mcp_vllm.split.wire import About, Hello, Welcome
 from mcp_vllm.telemetry.stage_metrics import StageMetrics
+from mcp_vllm.vllm_plugin.fingerprint import attention_packing
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class StageModel:
             tensors=sorted(like),
             width=like["hidden_states"].shape[-1],
             layers=spans.text(self._span),
+            packing=attention_packing(),
         )
         self._about = About(
             layers=spans.text(self._span),

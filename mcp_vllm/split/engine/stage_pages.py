@@ -8,7 +8,6 @@ import numpy as np
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 
 from mcp_vllm.split.engine.support import SplitUnsupported
-from mcp_vllm.split.errors import StageLost
 from mcp_vllm.split.link import Link
 from mcp_vllm.split.wire import MAX_KV_BYTES, KvBlocks
 from mcp_vllm.vllm_plugin.remote_layers import Pages, RemoteLayers
@@ -42,8 +41,6 @@ class StagePages:
     def _parts(self, layers: Sequence[str], blocks: Sequence[int]) -> Iterator[slice]:
         """As many blocks as fit into a message."""
         most = MAX_KV_BYTES // (len(layers) * self._page_bytes)
-        if not most:
-            raise StageLost(f"{len(layers)} pages of {self._page_bytes} bytes are too much")
         for start in range(0, len(blocks), most):
             yield slice(start, start + most)
 
@@ -69,6 +66,8 @@ def remote_layers(
     if len(sizes) != 1:
         raise SplitUnsupported("a KV connector, with layers whose KV pages differ in size")
     (page_bytes,) = sizes
+    if page_bytes * max(map(len, groups), default=0) > MAX_KV_BYTES:
+        raise SplitUnsupported("a KV connector, with so large KV pages of so many remote layers")
     return RemoteLayers(tuple(groups), page_bytes, StagePages(link, page_bytes))
 
 

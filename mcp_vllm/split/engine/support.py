@@ -8,6 +8,8 @@ import torch
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
+from mcp_vllm.config.split import SplitConfig
+from mcp_vllm.split.activations import EXACT_FORMS
 from mcp_vllm.split.engine.machine import native_dtypes
 from mcp_vllm.split.errors import SplitError
 from mcp_vllm.vllm_plugin import CONNECTOR
@@ -56,12 +58,22 @@ def check_supported(config: VllmConfig) -> None:
         )
 
 
-def check_dtypes(config: VllmConfig, stage: str | None) -> None:
-    """Raises SplitUnsupported: KV blocks of the two sides would differ in size, or host chunks hold
-    two types."""
-    ours = config.model_config.dtype
-    if stage is not None and config.kv_transfer_config is not None:
-        raise SplitUnsupported(f"stage_dtype {stage} does not go with a KV connector")
+def check_connector(config: VllmConfig, split: SplitConfig) -> None:
+    """Raises SplitUnsupported: what a connector would store is not what a whole engine computes, or
+    would take it to a stage without the noise that was asked for."""
+    if config.kv_transfer_config is None:
+        return
+    for setting, found in (
+        (f"stage_dtype {split.stage_dtype}", split.stage_dtype is not None),
+        (f"form {split.form}", split.form not in EXACT_FORMS),
+        ("noise", split.noise is not None),
+    ):
+        if found:
+            raise SplitUnsupported(f"{setting} of --mcp-split does not go with --kv-connector")
+
+
+def check_dtypes(ours: torch.dtype, stage: str | None) -> None:
+    """Raises SplitUnsupported: KV blocks of the two sides would differ in size."""
     if stage is not None and ours.itemsize != 2:
         raise SplitUnsupported(
             f"stage_dtype {stage} goes with --dtype float16 or bfloat16, not with {ours}"

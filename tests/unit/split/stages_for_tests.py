@@ -222,9 +222,11 @@ def running_stage(
         thread.join()
 
 
-def stages(*addresses: str, hello: Hello = HELLO, **settings: object) -> Stages:
+def stages(
+    *addresses: str, hello: Hello = HELLO, packing: str | None = None, **settings: object
+) -> Stages:
     config = SplitConfig.load({"layers": "1:3", "stages": list(addresses), **settings})
-    return Stages(config, hello, torch.bfloat16)
+    return Stages(config, hello, torch.bfloat16, packing)
 
 
 def dialled(stages: Stages) -> Link:
