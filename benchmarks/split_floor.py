@@ -6,8 +6,8 @@ Two whole engines decode, first each for itself, many steps after one another, t
 and a step of the other in turn. No layer, token or byte goes from one to the other: what a step
 takes longer in turns is what it costs to find the caches full of the other's work and one's OpenMP
 threads asleep. A layer split between processes that share cores hands over twice a step (to the
-stage and back), so a step of it takes longer than the whole engine's by about twice that, however
-little the split itself costs: see split.py for what it does take.
+stage and back), each time after part of a step only: this is a hint at what sharing costs it, not a
+bound. See split.py for what it takes.
 """
 
 import argparse
