@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
     MLAAttentionSpec,
 )
@@ -120,7 +121,7 @@ def _tensor_pages(
 ) -> dict[Address, int]:
     """Distinct tensors in the worker's order -> page size in bytes; empty for packed layouts."""
     addresses = _addresses(kv_cache_config)
-    specs = _layer_specs(kv_cache_config)
+    specs = layer_specs(kv_cache_config.kv_cache_groups)
     pages: dict[Address, int] = {}
     for layer in (layer for layers in groups for layer in layers):
         address, page = addresses[layer], specs[layer].page_size_bytes
@@ -130,9 +131,10 @@ def _tensor_pages(
     return pages
 
 
-def _layer_specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+def layer_specs(groups: Sequence[KVCacheGroupSpec]) -> dict[str, KVCacheSpec]:
+    """Of each layer by name, also where a group's layers have specs of their own."""
     specs = {}
-    for group in kv_cache_config.kv_cache_groups:
+    for group in groups:
         per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
         for layer in group.layer_names:
             specs[layer] = per_layer.get(layer, group.kv_cache_spec)

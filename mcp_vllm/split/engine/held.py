@@ -41,6 +41,7 @@ from mcp_vllm.split.memory import is_out_of_memory
 from mcp_vllm.split.plan.read import stored_layer_bytes
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.wire import KvInit, KvSpec
+from mcp_vllm.vllm_plugin.layout import layer_specs
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,7 @@ class HeldLayers:
         return in_dtype(spec, self._stage_dtype, self._config.model_config.dtype)
 
     def _specs(self) -> dict[str, KVCacheSpec]:
-        specs: dict[str, KVCacheSpec] = {}
-        for group in self._groups:
-            spec = group.kv_cache_spec
-            for name in group.layer_names:
-                is_uniform = isinstance(spec, UniformTypeKVCacheSpecs)
-                specs[name] = spec.kv_cache_specs[name] if is_uniform else spec
-        return specs
+        return layer_specs(self._groups)
 
     def _held_bytes(self, span: Span | None) -> int:
         """Weights and KV blocks of all layers but those of `span`."""

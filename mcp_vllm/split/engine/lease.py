@@ -35,6 +35,7 @@ from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.wire import Hello, KvBlocks, KvInit, KvPlan, Step, Welcome
+from mcp_vllm.vllm_plugin.layout import layer_specs
 from mcp_vllm.vllm_plugin.remote_layers import Pages
 from mcp_vllm.vllm_plugin.split_copies import pages_of
 
@@ -134,7 +135,9 @@ class StageLease:
             self._runner.initialize_kv_cache(planned)
             if planned.needs_kv_cache_zeroing and hasattr(self._runner, "_init_kv_zero_meta"):
                 self._runner._init_kv_zero_meta()
-            self._page_bytes = _page_bytes(groups)
+            self._page_bytes = {
+                name: spec.page_size_bytes for name, spec in layer_specs(groups).items()
+            }
             names = self.welcome.kv_specs
             self._kv_caches = {name: self._turn.layers[name].kv_cache for name in names}
         limits = self._limits(groups, num_blocks)
@@ -291,17 +294,6 @@ class _Awaited(IntermediateTensors):
         restored = torch.empty_like(rows)
         restored[self._source] = rows
         return restored
-
-
-def _page_bytes(groups: list[KVCacheGroupSpec]) -> dict[str, int]:
-    """Of a block of each layer."""
-    return {
-        name: getattr(group.kv_cache_spec, "kv_cache_specs", {})
-        .get(name, group.kv_cache_spec)
-        .page_size_bytes
-        for group in groups
-        for name in group.layer_names
-    }
 
 
 def _bad_blocks(what: str) -> StageRefused:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from mcp_vllm.split.engine.support import SplitUnsupported
 from mcp_vllm.split.link import Link
 from mcp_vllm.split.wire import MAX_KV_BYTES, KvBlocks
+from mcp_vllm.vllm_plugin.layout import layer_specs
 from mcp_vllm.vllm_plugin.remote_layers import Pages, RemoteLayers
 
 
@@ -60,8 +61,7 @@ def remote_layers(
     sizes = {
         spec.page_size_bytes
         for config in (here, there)
-        for group in config.kv_cache_groups
-        for spec in _layer_specs(group)
+        for spec in layer_specs(config.kv_cache_groups).values()
     }
     if len(sizes) != 1:
         raise SplitUnsupported("a KV connector, with layers whose KV pages differ in size")
@@ -69,10 +69,3 @@ def remote_layers(
     if page_bytes * max(map(len, groups), default=0) > MAX_KV_BYTES:
         raise SplitUnsupported("a KV connector, with so large KV pages of so many remote layers")
     return RemoteLayers(tuple(groups), page_bytes, StagePages(link, page_bytes))
-
-
-def _layer_specs(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
-    per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-    if per_layer is not None:
-        return [per_layer[name] for name in group.layer_names]
-    return [group.kv_cache_spec] if group.layer_names else []
