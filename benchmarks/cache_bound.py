@@ -14,6 +14,7 @@ the session's next turn left behind; blocks of many requests stay.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ EDGES = np.concatenate(([0.0], 1.5 * 2.0 ** (np.arange(1, 24) / 2)))
 NUM_BINS = len(EDGES) - 1
 SHARED_USES = 20  # a block of so many requests is a shared prompt, and stays
 MOST_TURNS = 8
-FOLDS, ROUNDS = 5, 300
+FOLDS, SEEDS = 5, 3
+RETRAIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Sessions:
     turn: Ints
     known: Ints
     num_kept: Ints
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How trees are learned: their number and size, and the seed of their sampling."""
+
+    leaves: int
+    rounds: int
+    seed: int
 
 
 def sessions_of(trace: Trace) -> Sessions:
@@ -188,31 +199,60 @@ def counted(sessions: Sessions, group: NDArray[np.bool_]) -> Floats:
     return reused / np.maximum(exposed, 1)
 
 
-def foretold(sessions: Sessions, features: Floats) -> Floats:
-    """Hazards [tips, bins] by boosted trees: each fold of sessions by trees of the other folds."""
+def observed(sessions: Sessions, until_s: float) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """What is known by then: each tip and age bin that was lived through, and whether the reuse
+    came in it."""
+    past = sessions.time_s <= until_s
+    returns = sessions.next_s <= until_s
+    wait_s = np.where(returns, sessions.next_s - sessions.time_s, until_s - sessions.time_s)
+    lived = np.where(past, np.minimum(bins_of(np.maximum(wait_s, 0)) + returns, NUM_BINS), 0)
+    tips = np.repeat(np.arange(lived.size), lived)
+    ages = np.concatenate([np.arange(each) for each in lived])
+    came = np.where(returns, bins_of(np.where(returns, wait_s, 0)), NUM_BINS)
+    return tips, ages, ages == came[tips]
+
+
+def by_trees(rows: Floats, reused: NDArray[np.bool_], asked: Floats, learned: Learned) -> Floats:
+    """Hazards [tips, bins] of features [tips, ...], by boosted trees of rows with an age each."""
     import lightgbm
 
-    wait_s = sessions.next_s - sessions.time_s
-    returns = np.isfinite(wait_s)
-    last = bins_of(np.minimum(wait_s, sessions.time_s[-1] - sessions.time_s)) + returns
-    tips = np.repeat(np.arange(last.size), last)
-    ages = np.concatenate([np.arange(each) for each in last])
-    reused = returns[tips] & (ages == bins_of(wait_s)[tips])
-    fold = (sessions.root * 2654435761 % 2**32 // 7) % FOLDS
     settings = {
-        "objective": "binary", "learning_rate": 0.03, "num_leaves": 12, "min_data_in_leaf": 80,
-        "feature_fraction": 0.7, "bagging_fraction": 0.7, "bagging_freq": 1, "verbose": -1,
-        "seed": 0,
+        "objective": "binary", "learning_rate": 0.03, "num_leaves": learned.leaves,
+        "min_data_in_leaf": 80, "feature_fraction": 0.7, "bagging_fraction": 0.7,
+        "bagging_freq": 1, "verbose": -1, "seed": learned.seed,
     }  # fmt: skip
-    hazards = np.zeros((last.size, NUM_BINS))
+    trees = lightgbm.train(settings, lightgbm.Dataset(rows, reused), learned.rounds)
+    ages = np.tile(np.arange(NUM_BINS), len(asked))
+    found = trees.predict(np.column_stack([np.repeat(asked, NUM_BINS, 0), ages]))
+    return np.asarray(found).reshape(-1, NUM_BINS)
+
+
+def foretold(sessions: Sessions, features: Floats, seed: int) -> Floats:
+    """By trees of the whole trace: each fold of sessions by those of the other folds."""
+    tips, ages, reused = observed(sessions, sessions.time_s[-1])
+    fold = (sessions.root * 2654435761 % 2**32 // 7) % FOLDS
+    hazards = np.zeros((fold.size, NUM_BINS))
     for number in range(FOLDS):
-        others, mine = fold[tips] != number, np.flatnonzero(fold == number)
+        others, mine = fold[tips] != number, fold == number
         rows = np.column_stack([features[tips[others]], ages[others]])
-        trees = lightgbm.train(settings, lightgbm.Dataset(rows, reused[others]), ROUNDS)
-        asked = np.column_stack(
-            [np.repeat(features[mine], NUM_BINS, 0), np.tile(np.arange(NUM_BINS), mine.size)]
-        )
-        hazards[mine] = np.asarray(trees.predict(asked)).reshape(-1, NUM_BINS)
+        learned = Learned(leaves=12, rounds=300, seed=seed)
+        hazards[mine] = by_trees(rows, reused[others], features[mine], learned)
+    return hazards
+
+
+def learned_online(sessions: Sessions, features: Floats, seed: int) -> Floats:
+    """By trees of what was seen before a tip's own minute; the first minute's tips are all equal.
+
+    Fewer and smaller trees than with the whole trace: the best of those tried.
+    """
+    hazards = np.full((sessions.time_s.size, NUM_BINS), 1e-3)
+    for until_s in np.arange(RETRAIN_S, sessions.time_s[-1] + RETRAIN_S, RETRAIN_S):
+        mine = (sessions.time_s > until_s) & (sessions.time_s <= until_s + RETRAIN_S)
+        if mine.any():
+            tips, ages, reused = observed(sessions, until_s)
+            rows = np.column_stack([features[tips], ages])
+            learned = Learned(leaves=6, rounds=150, seed=seed)
+            hazards[mine] = by_trees(rows, reused, features[mine], learned)
     return hazards
 
 
@@ -233,8 +273,8 @@ def features_of(trace: Trace, sessions: Sessions) -> Floats:
     return np.column_stack(columns)
 
 
-def rows_of(trace: Trace, sessions: Sessions) -> dict[str, Floats]:
-    """What is known -> scores [tips, bins]."""
+def rows_of(trace: Trace, sessions: Sessions) -> dict[str, list[Floats]]:
+    """What is known -> scores [tips, bins], one for each seed."""
     everybody = np.ones(sessions.time_s.size, bool)
     wait_s = sessions.next_s - sessions.time_s
     returns = np.isfinite(wait_s)
@@ -246,15 +286,18 @@ def rows_of(trace: Trace, sessions: Sessions) -> dict[str, Floats]:
     features = features_of(trace, sessions)
     by_age = np.tile(counted(sessions, everybody), (wait_s.size, 1))
     soonest = np.tile(-np.where(returns, sessions.next_s, 1e9)[:, None], (1, NUM_BINS))
+
+    def trees(learn: Callable[[Sessions, Floats, int], Floats], given: Floats) -> list[Floats]:
+        return [index_of(learn(sessions, given, seed), EDGES) for seed in range(SEEDS)]
+
     return {
-        "age": index_of(by_age, EDGES),
-        "age and turn": index_of(by_turn, EDGES),
-        "trees: turn, lengths, new tokens": index_of(foretold(sessions, features[:, :5]), EDGES),
-        "trees: and what the user said, pause, given up": index_of(
-            foretold(sessions, features), EDGES
-        ),
-        "whether it comes back, not when": index_of(if_known, EDGES),
-        "when it comes back": soonest,
+        "age": [index_of(by_age, EDGES)],
+        "age and turn": [index_of(by_turn, EDGES)],
+        "trees: turn, lengths, new tokens": trees(foretold, features[:, :5]),
+        "trees: and what the user said, pause, given up": trees(foretold, features),
+        "the same, learned online": trees(learned_online, features),
+        "whether it comes back, not when": [index_of(if_known, EDGES)],
+        "when it comes back": [soonest],
     }
 
 
@@ -267,15 +310,18 @@ def main() -> None:
     sessions = sessions_of(trace)
     is_shared = np.bincount(sessions.blocks, minlength=sessions.num_blocks) >= SHARED_USES
     table = Table("what is known", *(f"{share:.0%}" for share in args.capacity))
-    for name, scores in rows_of(trace, sessions).items():
-        hits = [
-            hits_of(
-                int(share * sessions.num_blocks), scores, EDGES, sessions.time_s, sessions.starts,
-                sessions.blocks, sessions.num_kept, sessions.parent, is_shared,
-            )
-            for share in args.capacity
-        ]  # fmt: skip
-        table.add_row(name, *(f"{each / sessions.blocks.size:.4f}" for each in hits))
+    for name, of_seeds in rows_of(trace, sessions).items():
+        cells = [name]
+        for share in args.capacity:
+            hits = [
+                hits_of(
+                    int(share * sessions.num_blocks), scores, EDGES, sessions.time_s,
+                    sessions.starts, sessions.blocks, sessions.num_kept, sessions.parent, is_shared,
+                )
+                for scores in of_seeds
+            ]  # fmt: skip
+            cells.append(f"{np.mean(hits) / sessions.blocks.size:.4f}")
+        table.add_row(*cells)
     Console().print(table)
 
 
