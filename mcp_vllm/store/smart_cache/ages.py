@@ -8,7 +8,7 @@ counts those that have not come back yet.
 
 from __future__ import annotations
 
-from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
+from mcp_vllm.store.smart_cache.kinds import class_of, is_shared, uses_of
 from mcp_vllm.store.smart_cache.layout import COUNTED, EDGES, NOW, NUM_BINS, NUM_TABLES, State, step
 
 REUSED, PASSED, INSIDE = 0, 1, 2  # rows of `State.hazards` and `State.tables`
@@ -43,6 +43,8 @@ def count(state: State, row: int, slot: int, bin_: int, by: float) -> None:
     """Add to a count of the record's kind in all tables."""
     kind = int(state.records[slot].kind)
     state.hazards[row, uses_of(kind), bin_] += by
+    if is_shared(kind):
+        return
     for table in range(NUM_TABLES):
         state.tables[row, table, class_of(kind, table), bin_] += by
 

@@ -8,7 +8,7 @@ from mcp_vllm.store.smart_cache import layout
 from mcp_vllm.store.smart_cache.ages import advance
 from mcp_vllm.store.smart_cache.eviction import score
 from mcp_vllm.store.smart_cache.hazard import DAMPING, ESTIMATE
-from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
+from mcp_vllm.store.smart_cache.kinds import class_of, is_shared, uses_of
 from mcp_vllm.store.smart_cache.layout import COUNTED, HELD, State
 from mcp_vllm.store.smart_cache.records import num_ghosts
 from mcp_vllm.store.smart_cache.results import Explanation
@@ -20,12 +20,11 @@ def of(state: State, slot: int, now_s: float) -> Explanation:
     advance(state, now_s)
     record = state.records[slot]
     kind, bin_ = int(record["kind"]), min(int(record["bin"]), layout.NUM_BINS - 1)
-    levels = np.unravel_index(kind, tuple(layout.LEVELS.values()))
     base = float(state.hazards[ESTIMATE, uses_of(kind), bin_])
     factors = {
         name: float(np.exp(DAMPING * state.tables[ESTIMATE, table, class_of(kind, table), bin_]))
         for table, name in enumerate(layout.TABLES)
-        if state.active[table]
+        if state.active[table] and not is_shared(kind)
     }
     return Explanation(
         held=bool(record["flags"] & HELD),
@@ -38,9 +37,17 @@ def of(state: State, slot: int, now_s: float) -> Explanation:
         size_bytes=int(record["size_bytes"]),
         saved_ms=float(record["saved_ms"]),
         hazard=float(1 - np.exp(-base)),
-        levels=dict(zip(layout.LEVELS, map(int, levels), strict=True)),
+        levels=_levels(kind),
         factors=factors,
     )
+
+
+def _levels(kind: int) -> dict[str, int]:
+    """The levels of a kind by name; of a shared one there are only the uses."""
+    if is_shared(kind):
+        return {"uses": int(uses_of(kind))}
+    levels = np.unravel_index(kind, tuple(layout.LEVELS.values()))
+    return dict(zip(layout.LEVELS, map(int, levels), strict=True))
 
 
 def check(state: State) -> None:

@@ -2,9 +2,9 @@
 
 A *hazard* is how often blocks of an age are used before they leave their age bin. It is counted
 for all blocks, for blocks of equal uses, and for the classes of a few tables, each of which looks
-at other features. A class starts from the hazard of its uses and leaves it as its own count grows;
-what the tables say is multiplied, damped because they partly say the same. Counts fade, so that a
-change of the load is followed.
+at other features; of blocks that many requests share the tables know nothing. A class starts from
+the hazard of its uses and leaves it as its own count grows; what the tables say is multiplied,
+damped because they partly say the same. Counts fade, so that a change of the load is followed.
 
 The score is an *index* in the sense of Gittins (1979): keeping a block takes room for a time and
 may bring one reuse; the index is the best ratio of expected reuses to expected seconds over all
@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from mcp_vllm.store.smart_cache.kinds import class_of, uses_of
+from mcp_vllm.store.smart_cache.kinds import class_of, is_shared, uses_of
 from mcp_vllm.store.smart_cache.layout import (
     CLASSES_PER_USE,
     EDGES,
@@ -42,7 +42,7 @@ PRIOR_REUSED = 2.0
 DAMPING = 0.8
 # How much likelier than all blocks those of each level of uses are to come back, before anything is
 # counted: in proportion to the uses, as where popularity is all there is.
-USES_FACTOR = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 12.0, 24.0, 48.0, 96.0])
+USES_FACTOR = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0, *(12.0 * 2.0 ** np.arange(NUM_USES - 6))])
 ESTIMATE = 3  # row of `State.hazards` and `State.tables`
 
 
@@ -135,7 +135,7 @@ def _fill_index(state: State, kind: int) -> None:
     num_groups = 0
     ratios = np.zeros(NUM_BINS)
     for table in range(NUM_TABLES):
-        if state.active[table]:
+        if state.active[table] and not is_shared(kind):
             ratios += state.tables[ESTIMATE, table, class_of(kind, table), :NUM_BINS]
     base = state.hazards[ESTIMATE, uses_of(kind)]
     for bin_ in range(NUM_BINS - 1, -1, -1):

@@ -25,19 +25,22 @@ EDGES = np.concatenate(
     ([0.0], YOUNGEST_S * 2.0 ** (np.arange(NUM_BINS) / BINS_PER_OCTAVE))
 )  # shape (NUM_BINS + 1,), seconds; bin b is EDGES[b] to EDGES[b + 1]
 
-# What is known of a block at its last use, in levels; a combination is a *kind*.
+# What is known of a block at its last use, in levels; a combination is a *kind*. A block that ten
+# requests have used is no session's: of that, only the level of uses tells when it comes back.
 # Uses before this one: see `kinds.level_of_uses`. New blocks in the request, by octave from
 # a sixteenth of a mean chain. Turn of the session. Tokens of the answer, by octave from 8; the last
 # level is "not known". What ended the turn. Blocks from here to the end of the chain: 0, 1, 2-3,
 # 4-7, 8-15, more.
-LEVELS = {"uses": 10, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
-NUM_USES, NUM_NEW, NUM_TURNS, NUM_OUTPUTS, NUM_ENDS, NUM_TAILS = LEVELS.values()
-NUM_KINDS = math.prod(LEVELS.values())
+LEVELS = {"uses": 6, "new": 8, "turn": 4, "output": 8, "ended": 3, "tail": 6}
+FIRST_SHARED, NUM_NEW, NUM_TURNS, NUM_OUTPUTS, NUM_ENDS, NUM_TAILS = LEVELS.values()
+NUM_USES = 14
+NUM_OWN_KINDS = math.prod(LEVELS.values())
+NUM_KINDS = NUM_OWN_KINDS + NUM_USES - FIRST_SHARED
 # Each table tells kinds apart by the uses and a few of the others: see `kinds.py`.
 TABLES = ("new, turn, last", "output, ended, last", "tail")
 NUM_TABLES = len(TABLES)
 CLASSES_PER_USE = 64
-NUM_CLASSES = NUM_USES * CLASSES_PER_USE
+NUM_CLASSES = FIRST_SHARED * CLASSES_PER_USE
 
 HELD, PROTECTED, COUNTED = 1, 2, 4
 

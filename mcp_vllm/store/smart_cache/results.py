@@ -24,7 +24,8 @@ class Explanation:
         age_s: since its last use.
         hazard: the chance that a block of its uses is used before it leaves its age bin.
         levels: what is known of it at its last use, see `layout.LEVELS`.
-        factors: how much likelier than others of its uses each table says it is to come back now.
+        factors: how much likelier than others of its uses each table says it is to come back now;
+            there are none for a block that many requests share.
     """
 
     held: bool
