@@ -130,3 +130,25 @@ def calls(num_requests: int = 2500, seed: int = 0) -> Trace:
         chain = [*template, *(next(fresh) for _ in range(rng.choice([1, 4, 12])))]
         chains.append((i * 0.4, chain))
     return trace_of(chains)
+
+
+def templates(num_requests: int = 6000, seed: int = 0) -> Trace:
+    """A service's long prompt templates, of steady popularity, each now and then replaced by a new
+    one; what follows a template was never sent before."""
+    rng = random.Random(seed)
+    fresh = itertools.count(10_000_000)
+    numbers = itertools.count(1)
+
+    def new_template() -> list[int]:
+        start = next(numbers) * 1000
+        return [start + j for j in range(rng.choice([5, 10, 20, 40, 60]))]
+
+    offered = [new_template() for _ in range(300)]
+    weights = [(rank + 1) ** -0.9 for rank in range(len(offered))]
+    chains = []
+    for i in range(num_requests):
+        if rng.random() < 0.005:
+            offered[rng.randrange(len(offered))] = new_template()
+        template = rng.choices(offered, weights)[0]
+        chains.append((i / 5, [*template, *(next(fresh) for _ in range(rng.choice([2, 5, 10])))]))
+    return trace_of(chains)
