@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,9 +24,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
+from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig, parse_layers
 from mcp_vllm.split import spans
 from mcp_vllm.split.activations import DTYPES, Activations
+from mcp_vllm.split.engine.cores import take_cores
 from mcp_vllm.split.engine.held import HeldLayers
 from mcp_vllm.split.engine.kv_specs import decode_spec, in_dtype
 from mcp_vllm.split.engine.layer_timer import LayerTimer
@@ -84,6 +87,7 @@ class SplitExecutor(UniProcExecutor):
         self._number = 0
         self._step: Step | None = None
         self._counts: dict[str, int] = {}
+        self._let_go_of_cores: Callable[[], None] = lambda: None
         noise = self._split.noise
         self._noise = NoisySessions(ActivationNoise(**noise.model_dump())) if noise else None
         with building(self._plan):
@@ -124,6 +128,8 @@ class SplitExecutor(UniProcExecutor):
         with_connector = self.vllm_config.kv_transfer_config is not None
         announce(remote_layers(*kv_cache_configs, self._present_link) if with_connector else None)
         super().initialize_from_config(kv_cache_configs)
+        if any(Address.parse(stage).is_loopback for stage in self._split.stages):
+            self._let_go_of_cores = take_cores(from_last=False)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
@@ -162,6 +168,7 @@ class SplitExecutor(UniProcExecutor):
             if each is not None:
                 each.close()
         announce(None)
+        self._let_go_of_cores()
         super().shutdown()
 
     def _flush_stores(self, output: SchedulerOutput) -> None:

@@ -26,6 +26,7 @@ from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import AUTO, StageConfig, parse_layers
 from mcp_vllm.split import spans
 from mcp_vllm.split.access import Access
+from mcp_vllm.split.engine.cores import take_cores
 from mcp_vllm.split.engine.kv_specs import encode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.layers import OnlySpan
@@ -73,6 +74,7 @@ class StageModel:
         self._plan = OnlySpan(*self._span, num_layers(config))
         self._lease_bytes = int(stage.kv_bytes) // stage.leases
         self._max_leases = stage.leases
+        self._shares_cores = Address.parse(stage.listen).is_loopback
         self._open_leases = 0
         self._lock = threading.Lock()
         self.ready = threading.Event()
@@ -154,6 +156,8 @@ class StageModel:
             self._open_leases += 1
         timer = None
         try:
+            if self._shares_cores:  # this thread is the lease's, and computes for it
+                take_cores(from_last=True)
             welcome = self._welcome_to(span)
             if hello.measuring or hello.is_client:
                 welcome = msgspec.structs.replace(welcome, about=self._about)
