@@ -125,6 +125,7 @@ RELIED_ON = {
         "get_manager",
         "get_worker",
     ],
+    "vllm.v1.worker.block_table:MultiGroupBlockTable": ["compute_slot_mapping"],
     "vllm.v1.outputs:ModelRunnerOutput": ["__init__"],
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": [
         "__init__",

@@ -10,13 +10,18 @@ prepare a step do so side by side.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 logger = logging.getLogger(__name__)
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 # A user who has set one of these knows better.
 _GIVEN = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -42,6 +47,24 @@ def take_cores(*, from_last: bool) -> Callable[[], None]:
     for number, thread in threads.items():
         os.sched_setaffinity(thread, {cores[number]})
     return lambda: os.sched_setaffinity(threads[0], cores)
+
+
+def alone(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """`function`, whose OpenMP regions then have the calling thread alone."""
+    library = _library()
+    if library is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        threads = library.omp_get_max_threads()
+        library.omp_set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            library.omp_set_num_threads(threads)
+
+    return run
 
 
 def team() -> dict[int, int]:

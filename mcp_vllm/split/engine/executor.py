@@ -34,6 +34,7 @@ from mcp_vllm.split.engine.kv_specs import decode_spec, in_dtype
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.layers import AllButSpan, building
 from mcp_vllm.split.engine.scheduler import MovingOutput, StageLostOutput
+from mcp_vllm.split.engine.slot_mapping import map_slots_alone
 from mcp_vllm.split.engine.stage_pages import remote_layers
 from mcp_vllm.split.engine.steps import StepEncoder
 from mcp_vllm.split.engine.support import (
@@ -129,6 +130,7 @@ class SplitExecutor(UniProcExecutor):
         announce(remote_layers(*kv_cache_configs, self._present_link) if with_connector else None)
         super().initialize_from_config(kv_cache_configs)
         if any(Address.parse(stage).is_loopback for stage in self._split.stages):
+            map_slots_alone()
             self._let_go_of_cores = take_cores(from_last=False)
 
     def execute_model(

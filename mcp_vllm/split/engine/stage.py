@@ -33,6 +33,7 @@ from mcp_vllm.split.engine.layers import OnlySpan
 from mcp_vllm.split.engine.lease import StageLease, Turn
 from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
 from mcp_vllm.split.engine.middle import loading_only, middle_of_pipeline
+from mcp_vllm.split.engine.slot_mapping import map_slots_alone
 from mcp_vllm.split.engine.support import (
     SplitUnsupported,
     agreed_facts,
@@ -75,6 +76,8 @@ class StageModel:
         self._lease_bytes = int(stage.kv_bytes) // stage.leases
         self._max_leases = stage.leases
         self._shares_cores = Address.parse(stage.listen).is_loopback
+        if self._shares_cores:
+            map_slots_alone()
         self._open_leases = 0
         self._lock = threading.Lock()
         self.ready = threading.Event()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mcp_vllm.split.engine.cores import take_cores, team
+from mcp_vllm.split.engine.cores import alone, take_cores, team
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="there is one core")
@@ -57,6 +57,14 @@ def test_binding_twice_changes_nothing() -> None:
 
     first, second = in_thread(work)  # type: ignore[misc]
     assert first == second
+
+
+@pytest.mark.usefixtures("as_many_threads_as_cores")
+def test_what_runs_alone_has_one_thread() -> None:
+    def work() -> tuple[int, int]:
+        return len(alone(team)()), len(team())
+
+    assert in_thread(work) == (1, len(CORES))
 
 
 def test_who_has_bound_threads_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
