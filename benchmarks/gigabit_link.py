@@ -8,6 +8,7 @@ carry that many bytes a second.
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -60,6 +61,7 @@ class NoNetwork(Exception):
 @contextlib.contextmanager
 def network_link(mbit_s: int) -> Iterator[ShapedLink]:
     """Raises NoNetwork where the machine does not allow it."""
+    _remove_leftovers()
     pid = os.getpid()
     names = (f"mcp{pid}a", f"mcp{pid}b")
     with contextlib.ExitStack() as stack:
@@ -114,9 +116,19 @@ class FarPlace:
                      "burst", _burst(mbit_s), "latency", QUEUE)  # fmt: skip
 
 
+def _remove_leftovers() -> None:
+    """Namespaces of runs that were killed: their addresses are ours. The name has the run's pid."""
+    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    for name in (line.split()[0] for line in found.stdout.splitlines() if line):
+        owner = re.fullmatch(r"mcp(\d+)[abf]", name)
+        if owner is not None and not Path("/proc", owner[1]).exists():
+            _run("ip", "netns", "del", name)
+
+
 @contextlib.contextmanager
 def far_place() -> Iterator[FarPlace]:
     """Raises NoNetwork where the machine does not allow it."""
+    _remove_leftovers()
     name = f"mcp{os.getpid()}f"
     with contextlib.ExitStack() as stack:
         _run("ip", "netns", "add", name)

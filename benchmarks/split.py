@@ -45,9 +45,16 @@ Steps = dict[str, dict[int, list[float]]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_options(parser, starts=4)
+    parser.add_argument("--model", help="default: Gemma-3-270m")
     parser.add_argument("--layers", default="6:12")
     parser.add_argument("--form", default="raw", choices=("raw", "packed", "fold", "fp8"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--starts", type=int, default=4, help="how often all is started anew")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
+    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine is not None:
         return serve_rounds(json.loads(args.engine))
@@ -63,18 +70,6 @@ def main() -> None:
     return None
 
 
-def add_run_options(parser: argparse.ArgumentParser, starts: int) -> None:
-    """Those of every benchmark that times steps of engines in processes of their own."""
-    parser.add_argument("--model", help="default: Gemma-3-270m")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--starts", type=int, default=starts, help="how often all is started anew")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
-    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
-
-
 def measure_start(model: str, args: argparse.Namespace, logs: Path, console: Console) -> Steps:
     """Everything started once."""
     with stage(model, args, logs) as address, contextlib.ExitStack() as stack:
@@ -85,16 +80,10 @@ def measure_start(model: str, args: argparse.Namespace, logs: Path, console: Con
             "lost_ms": 10_000,
             "replan_s": 86_400,  # steps are timed, and layers stay where they are
         }
-        whole = whole_engine(model)
-        settings = {"whole": whole, "split": whole | {"mcp_split": json.dumps(split)}}
         with console.status("starting two engines"):
             engines = {
-                name: stack.enter_context(
-                    engine_process(
-                        __file__, each, logs / f"{name}.log", shares_cores="mcp_split" in each
-                    )
-                )
-                for name, each in settings.items()
+                "whole": stack.enter_context(engine(model, None, logs / "whole.log")),
+                "split": stack.enter_context(engine(model, split, logs / "split.log")),
             }
         return measure(engines, args)
 
@@ -113,33 +102,27 @@ def stage(model: str, args: argparse.Namespace, logs: Path) -> Iterator[str]:
         yield address
 
 
-def whole_engine(model: str) -> dict[str, object]:
-    """What `LLM` is given for an engine with all layers."""
-    return {
+@contextlib.contextmanager
+def engine(
+    model: str, split: dict[str, object] | None, log: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """This program again as an engine, which runs rounds on request; ready when this returns."""
+    settings = {
         "model": model,
         "enforce_eager": True,
         "max_model_len": MODEL_LEN,
         "max_num_seqs": 64,
         "enable_prefix_caching": False,
     }
-
-
-@contextlib.contextmanager
-def engine_process(
-    script: str, settings: dict[str, object], log: Path, *, shares_cores: bool
-) -> Iterator[subprocess.Popen[str]]:
-    """A script again as an engine, which answers requests by lines; ready when this returns.
-
-    Args:
-        shares_cores: whether another process computes while this one waits.
-    """
+    if split is not None:
+        settings["mcp_split"] = json.dumps(split)
     environment = os.environ | default_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if shares_cores:
+    if split is not None:
         share_cores(environment)  # `vllm serve` does so for the process of its engine core
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, script, "--engine", json.dumps(settings)],
+            [sys.executable, __file__, "--engine", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -174,7 +157,12 @@ def serve_rounds(settings: dict[str, object]) -> None:
 def decode(engine, number: int, batch: int, steps: int) -> list[list[float]]:
     """Milliseconds of each decode step of `batch` requests that run together: all of it, and of
     that, if it is split, the stage's layers and the way there and back."""
-    begin(engine, number, batch, steps)
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=steps + SKIPPED + 1, ignore_eos=True)
+    for index in range(batch):
+        prompt = [1000 + (number * 131 + index * 17 + i * 7) % 4000 for i in range(CONTEXT)]
+        engine.add_request(f"{number}-{index}", {"prompt_token_ids": prompt}, params)
     executor = engine.engine_core.engine_core.model_executor
     times = []
     while engine.has_unfinished_requests():
@@ -185,16 +173,6 @@ def decode(engine, number: int, batch: int, steps: int) -> list[list[float]]:
             parts += [split.stage, split.link]
         times.append([round(each * 1000, 3) for each in parts])
     return times[1 + SKIPPED :]
-
-
-def begin(engine, number: int, batch: int, steps: int) -> None:
-    """Requests that run together for a prefill and so many decode steps."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=steps + SKIPPED + 1, ignore_eos=True)
-    for index in range(batch):
-        prompt = [1000 + (number * 131 + index * 17 + i * 7) % 4000 for i in range(CONTEXT)]
-        engine.add_request(f"{number}-{index}", {"prompt_token_ids": prompt}, params)
 
 
 def measure(engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace) -> Steps:

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -29,24 +30,43 @@ _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def take_cores(*, from_last: bool) -> Callable[[], None]:
-    """Bind this thread and its OpenMP team, a thread to a core, this one to the first or the last.
+@dataclass(frozen=True)
+class Core:
+    """A thread's own core, used inside `with`; threads and processes that it starts outside of that
+    have all cores, as they would without it.
+
+    Attributes:
+        own: the core, or all: there is nothing to bind.
+        all: those that the thread has otherwise.
+    """
+
+    own: frozenset[int] = frozenset()
+    all: frozenset[int] = frozenset()
+
+    def __enter__(self) -> None:
+        if self.own != self.all:
+            os.sched_setaffinity(0, self.own)
+
+    def __exit__(self, *_: object) -> None:
+        if self.own != self.all:
+            os.sched_setaffinity(0, self.all)
+
+
+def take_cores(*, from_last: bool) -> Core:
+    """Bind this thread's OpenMP team, each to a core. This thread's is the first, or the last.
 
     Nothing is done where there are not as many threads as cores, or OpenMP is not to be found.
-
-    Returns:
-        what lets this thread run on all its cores again.
     """
     if any(name in os.environ for name in _GIVEN) or not hasattr(os, "sched_getaffinity"):
-        return _nothing
+        return Core()
     cores = sorted(os.sched_getaffinity(0), reverse=from_last)
     threads = team()
     if sorted(threads) != list(range(len(cores))):
         logger.debug("%d OpenMP threads on %d cores stay as they are", len(threads), len(cores))
-        return _nothing
-    for number, thread in threads.items():
-        os.sched_setaffinity(thread, {cores[number]})
-    return lambda: os.sched_setaffinity(threads[0], cores)
+        return Core()
+    for number in range(1, len(cores)):
+        os.sched_setaffinity(threads[number], {cores[number]})
+    return Core(frozenset(cores[:1]), frozenset(cores))
 
 
 def alone(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
@@ -95,7 +115,3 @@ def _library() -> ctypes.CDLL | None:
         if Path(path).name.startswith(_LIBRARIES):
             return ctypes.CDLL(path)
     return None
-
-
-def _nothing() -> None:
-    """There is nothing to undo."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -28,7 +27,7 @@ from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig, parse_layers
 from mcp_vllm.split import spans
 from mcp_vllm.split.activations import DTYPES, Activations
-from mcp_vllm.split.engine.cores import take_cores
+from mcp_vllm.split.engine.cores import Core, take_cores
 from mcp_vllm.split.engine.held import HeldLayers
 from mcp_vllm.split.engine.kv_specs import decode_spec, in_dtype
 from mcp_vllm.split.engine.layer_timer import LayerTimer
@@ -88,7 +87,7 @@ class SplitExecutor(UniProcExecutor):
         self._number = 0
         self._step: Step | None = None
         self._counts: dict[str, int] = {}
-        self._let_go_of_cores: Callable[[], None] = lambda: None
+        self._core = Core()
         noise = self._split.noise
         self._noise = NoisySessions(ActivationNoise(**noise.model_dump())) if noise else None
         with building(self._plan):
@@ -131,7 +130,7 @@ class SplitExecutor(UniProcExecutor):
         super().initialize_from_config(kv_cache_configs)
         if any(Address.parse(stage).is_loopback for stage in self._split.stages):
             map_slots_alone()
-            self._let_go_of_cores = take_cores(from_last=False)
+            self._core = take_cores(from_last=False)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
@@ -145,7 +144,8 @@ class SplitExecutor(UniProcExecutor):
         self._begin(scheduler_output)
         started = time.perf_counter()
         try:
-            result = super().execute_model(scheduler_output, non_block)
+            with self._core:
+                result = super().execute_model(scheduler_output, non_block)
             self._observe(scheduler_output, time.perf_counter() - started)
             if self._lost is not None and scheduler_output.total_num_scheduled_tokens == 0:
                 raise self._lost  # what was to be stored or loaded in this step was not
@@ -157,7 +157,8 @@ class SplitExecutor(UniProcExecutor):
             self._step = None
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
-        output = super().sample_tokens(grammar_output, non_block)
+        with self._core:
+            output = super().sample_tokens(grammar_output, non_block)
         proposed, self._proposed = self._proposed, None
         if proposed is None or not isinstance(output, ModelRunnerOutput):
             return output
@@ -170,7 +171,6 @@ class SplitExecutor(UniProcExecutor):
             if each is not None:
                 each.close()
         announce(None)
-        self._let_go_of_cores()
         super().shutdown()
 
     def _flush_stores(self, output: SchedulerOutput) -> None:

@@ -159,8 +159,8 @@ class StageModel:
             self._open_leases += 1
         timer = None
         try:
-            if self._shares_cores:  # this thread is the lease's, and computes for it
-                take_cores(from_last=True)
+            if self._shares_cores:
+                take_cores(from_last=True).__enter__()  # for good: this thread is the lease's alone
             welcome = self._welcome_to(span)
             if hello.measuring or hello.is_client:
                 welcome = msgspec.structs.replace(welcome, about=self._about)

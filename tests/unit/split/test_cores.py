@@ -36,11 +36,10 @@ def as_many_threads_as_cores() -> None:
 
 @pytest.mark.usefixtures("as_many_threads_as_cores")
 @pytest.mark.parametrize("from_last", [False, True])
-def test_each_thread_has_a_core_until_it_is_let_go(from_last: bool) -> None:
+def test_each_thread_has_a_core(from_last: bool) -> None:
     def work() -> tuple[dict[int, list[int]], list[int]]:
-        let_go = take_cores(from_last=from_last)
-        bound = cores_of_team()
-        let_go()
+        with take_cores(from_last=from_last):
+            bound = cores_of_team()
         return bound, sorted(os.sched_getaffinity(0))
 
     order = CORES[::-1] if from_last else CORES
@@ -50,10 +49,10 @@ def test_each_thread_has_a_core_until_it_is_let_go(from_last: bool) -> None:
 @pytest.mark.usefixtures("as_many_threads_as_cores")
 def test_binding_twice_changes_nothing() -> None:
     def work() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        take_cores(from_last=True)
-        bound = cores_of_team()
-        take_cores(from_last=False)
-        return bound, cores_of_team()
+        with take_cores(from_last=True):
+            bound = cores_of_team()
+            with take_cores(from_last=False):
+                return bound, cores_of_team()
 
     first, second = in_thread(work)  # type: ignore[misc]
     assert first == second
@@ -71,8 +70,8 @@ def test_who_has_bound_threads_knows_better(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OMP_PROC_BIND", "true")
 
     def work() -> dict[int, list[int]]:
-        take_cores(from_last=False)
-        return cores_of_team()
+        with take_cores(from_last=False):
+            return cores_of_team()
 
     assert all(cores == CORES for cores in in_thread(work).values())  # type: ignore[attr-defined]
 
@@ -80,8 +79,8 @@ def test_who_has_bound_threads_knows_better(monkeypatch: pytest.MonkeyPatch) -> 
 def test_fewer_threads_than_cores_stay_as_they_are() -> None:
     def work() -> dict[int, list[int]]:
         torch.set_num_threads(1)  # of this thread's team
-        take_cores(from_last=False)
-        return cores_of_team()
+        with take_cores(from_last=False):
+            return cores_of_team()
 
     threads = torch.get_num_threads()
     try:
