@@ -199,21 +199,32 @@ def counted(sessions: Sessions, group: NDArray[np.bool_]) -> Floats:
     return reused / np.maximum(exposed, 1)
 
 
-def observed(sessions: Sessions, until_s: float) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """What is known by then: each tip and age bin that was lived through, and whether the reuse
-    came in it."""
+@dataclass(frozen=True)
+class Observed:
+    """What is known at a time: each tip and age bin that was lived through, whether the reuse came
+    in it, and what it counts for; half, if the tip is still in that bin."""
+
+    tips: Ints
+    ages: Ints
+    reused: NDArray[np.bool_]
+    weights: Floats
+
+
+def observed(sessions: Sessions, until_s: float) -> Observed:
     past = sessions.time_s <= until_s
     returns = sessions.next_s <= until_s
-    wait_s = np.where(returns, sessions.next_s - sessions.time_s, until_s - sessions.time_s)
-    lived = np.where(past, np.minimum(bins_of(np.maximum(wait_s, 0)) + returns, NUM_BINS), 0)
+    ends_s = np.where(returns, sessions.next_s, until_s)
+    last = bins_of(np.maximum(ends_s - sessions.time_s, 0))
+    lived = np.where(past, np.minimum(last + 1, NUM_BINS), 0)
     tips = np.repeat(np.arange(lived.size), lived)
     ages = np.concatenate([np.arange(each) for each in lived])
-    came = np.where(returns, bins_of(np.where(returns, wait_s, 0)), NUM_BINS)
-    return tips, ages, ages == came[tips]
+    is_last = ages == last[tips]
+    reused = returns[tips] & is_last
+    return Observed(tips, ages, reused, np.where(is_last & ~reused, 0.5, 1.0))
 
 
-def by_trees(rows: Floats, reused: NDArray[np.bool_], asked: Floats, learned: Learned) -> Floats:
-    """Hazards [tips, bins] of features [tips, ...], by boosted trees of rows with an age each."""
+def by_trees(rows: Observed, features: Floats, asked: Floats, learned: Learned) -> Floats:
+    """Hazards [tips, bins] of features [tips, ...], by boosted trees of what was observed."""
     import lightgbm
 
     settings = {
@@ -221,39 +232,46 @@ def by_trees(rows: Floats, reused: NDArray[np.bool_], asked: Floats, learned: Le
         "min_data_in_leaf": 80, "feature_fraction": 0.7, "bagging_fraction": 0.7,
         "bagging_freq": 1, "verbose": -1, "seed": learned.seed,
     }  # fmt: skip
-    trees = lightgbm.train(settings, lightgbm.Dataset(rows, reused), learned.rounds)
+    given = np.column_stack([features[rows.tips], rows.ages])
+    data = lightgbm.Dataset(given, rows.reused, weight=rows.weights)
+    trees = lightgbm.train(settings, data, learned.rounds)
     ages = np.tile(np.arange(NUM_BINS), len(asked))
     found = trees.predict(np.column_stack([np.repeat(asked, NUM_BINS, 0), ages]))
     return np.asarray(found).reshape(-1, NUM_BINS)
 
 
 def foretold(sessions: Sessions, features: Floats, seed: int) -> Floats:
-    """By trees of the whole trace: each fold of sessions by those of the other folds."""
-    tips, ages, reused = observed(sessions, sessions.time_s[-1])
+    """Scores by trees of the whole trace: each fold of sessions by those of the other folds."""
+    rows = observed(sessions, sessions.time_s[-1])
     fold = (sessions.root * 2654435761 % 2**32 // 7) % FOLDS
     hazards = np.zeros((fold.size, NUM_BINS))
     for number in range(FOLDS):
-        others, mine = fold[tips] != number, fold == number
-        rows = np.column_stack([features[tips[others]], ages[others]])
+        is_other, mine = fold[rows.tips] != number, fold == number
+        others = Observed(
+            rows.tips[is_other], rows.ages[is_other], rows.reused[is_other], rows.weights[is_other]
+        )
         learned = Learned(leaves=12, rounds=300, seed=seed)
-        hazards[mine] = by_trees(rows, reused[others], features[mine], learned)
-    return hazards
+        hazards[mine] = by_trees(others, features, features[mine], learned)
+    return index_of(hazards, EDGES)
 
 
 def learned_online(sessions: Sessions, features: Floats, seed: int) -> Floats:
-    """By trees of what was seen before a tip's own minute; the first minute's tips are all equal.
+    """Scores by trees that are learned anew every minute from what has happened by then: of each
+    tip and age bin, by those of the minute in which the tip grows that old.
 
-    Fewer and smaller trees than with the whole trace: the best of those tried.
+    Fewer and smaller trees than of the whole trace: the best of those tried on this trace.
     """
-    hazards = np.full((sessions.time_s.size, NUM_BINS), 1e-3)
+    scores = np.full((sessions.time_s.size, NUM_BINS), 1e-3)
+    begins_s = sessions.time_s[:, None] + EDGES[None, :-1]
     for until_s in np.arange(RETRAIN_S, sessions.time_s[-1] + RETRAIN_S, RETRAIN_S):
-        mine = (sessions.time_s > until_s) & (sessions.time_s <= until_s + RETRAIN_S)
-        if mine.any():
-            tips, ages, reused = observed(sessions, until_s)
-            rows = np.column_stack([features[tips], ages])
+        rows = observed(sessions, until_s)
+        now = (begins_s > until_s) & (begins_s <= until_s + RETRAIN_S)
+        asked = now.any(axis=1)
+        if rows.reused.any() and asked.any():
             learned = Learned(leaves=6, rounds=150, seed=seed)
-            hazards[mine] = by_trees(rows, reused, features[mine], learned)
-    return hazards
+            fresh = index_of(by_trees(rows, features, features[asked], learned), EDGES)
+            scores[asked] = np.where(now[asked], fresh, scores[asked])
+    return scores
 
 
 def features_of(trace: Trace, sessions: Sessions) -> Floats:
@@ -288,7 +306,7 @@ def rows_of(trace: Trace, sessions: Sessions) -> dict[str, list[Floats]]:
     soonest = np.tile(-np.where(returns, sessions.next_s, 1e9)[:, None], (1, NUM_BINS))
 
     def trees(learn: Callable[[Sessions, Floats, int], Floats], given: Floats) -> list[Floats]:
-        return [index_of(learn(sessions, given, seed), EDGES) for seed in range(SEEDS)]
+        return [learn(sessions, given, seed) for seed in range(SEEDS)]
 
     return {
         "age": [index_of(by_age, EDGES)],

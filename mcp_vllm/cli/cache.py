@@ -104,7 +104,8 @@ def _tell_features(block: BlockView) -> None:
         levels = " ".join(f"{name}={level}" for name, level in seen.levels.items())
         factors = ", ".join(f"{name}: x{factor:.2f}" for name, factor in seen.factors.items())
         typer.echo(f"{tier}: levels {levels}")
-        typer.echo(f"{tier}: hazard at its age {seen.hazard:.3f}, by tables {factors}")
+        tables = f"by tables {factors}" if factors else "no tables: many requests share it"
+        typer.echo(f"{tier}: hazard at its age {seen.hazard:.3f}, {tables}")
 
 
 def _per_mib_hour(score: float) -> str:

@@ -15,8 +15,10 @@ class TierView(msgspec.Struct):
         threshold: the score of the block that left last, 0 if none ever did.
         age_s: since its last use.
         hazard: the chance that a block of its uses is used before it leaves its age bin.
-        levels: what is known of it at its last use.
-        factors: how much likelier than others of its uses each table says it is to come back now.
+        levels: what is known of it at its last use; of a block that many requests share, only
+            the uses.
+        factors: how much likelier than others of its uses each table says it is to come back now;
+            there are none for a block that many requests share.
     """
 
     held: bool

@@ -99,3 +99,5 @@ def _check_ages(state: State) -> None:
             before, slot, inside = slot, int(records[slot]["younger"]), inside + 1
         assert state.queues[1, bin_] == before
         assert abs(state.hazards[2, :, bin_].sum() - inside) < 1e-6
+        own = state.hazards[2, : layout.FIRST_SHARED, bin_].sum()
+        assert (abs(state.tables[2, :, :, bin_].sum(axis=1) - own) < 1e-6).all()

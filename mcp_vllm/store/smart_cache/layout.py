@@ -26,7 +26,7 @@ EDGES = np.concatenate(
 )  # shape (NUM_BINS + 1,), seconds; bin b is EDGES[b] to EDGES[b + 1]
 
 # What is known of a block at its last use, in levels; a combination is a *kind*. A block that ten
-# requests have used is no session's: of that, only the level of uses tells when it comes back.
+# requests had used before the last is no session's: of that, only the level of uses tells.
 # Uses before this one: see `kinds.level_of_uses`. New blocks in the request, by octave from
 # a sixteenth of a mean chain. Turn of the session. Tokens of the answer, by octave from 8; the last
 # level is "not known". What ended the turn. Blocks from here to the end of the chain: 0, 1, 2-3,

@@ -23,7 +23,8 @@ class Explanation:
         threshold: the score of the block that was evicted last, 0 if none ever was.
         age_s: since its last use.
         hazard: the chance that a block of its uses is used before it leaves its age bin.
-        levels: what is known of it at its last use, see `layout.LEVELS`.
+        levels: what is known of it at its last use, see `layout.LEVELS`; of a block that many
+            requests share only the level of uses, up to 13.
         factors: how much likelier than others of its uses each table says it is to come back now;
             there are none for a block that many requests share.
     """

@@ -24,7 +24,7 @@ from mcp_vllm.store.smart_cache.hazard import refresh
 from mcp_vllm.store.smart_cache.layout import COUNTED, State, step
 from mcp_vllm.store.smart_cache.records import find_or_add
 
-VERSION = 2
+VERSION = 3
 _HEADER = struct.Struct("<4sHHHHIQQ")
 _MAGIC = b"MCPS"
 _CHECKSUM_BYTES = 32

@@ -12,7 +12,7 @@ import torch
 from mcp_vllm.split.engine.cores import alone, take_cores, team
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="there is one core")
+pytestmark = pytest.mark.skipif(len(CORES) != 2, reason="binds where there are two cores")
 
 
 def in_thread(work: Callable[[], object]) -> object:
@@ -64,6 +64,21 @@ def test_what_runs_alone_has_one_thread() -> None:
         return len(alone(team)()), len(team())
 
     assert in_thread(work) == (1, len(CORES))
+
+
+@pytest.mark.usefixtures("as_many_threads_as_cores")
+def test_a_machine_that_refuses_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: int, cores: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    def work() -> dict[int, list[int]]:
+        core = take_cores(from_last=True)
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
+        with core, take_cores(from_last=True):
+            return cores_of_team()
+
+    # What was bound while it was allowed stays so.
+    assert in_thread(work) == {0: CORES, 1: CORES[:1]}
 
 
 def test_who_has_bound_threads_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
