@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -154,6 +155,16 @@ def step(function: Function) -> Function:
     return compiled
 
 
+def _sparse(shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """Zeros that take memory where they are written to, by pages of 4 KiB: most kinds never come,
+    and a huge page for one that does would be 200 bytes for each block of a small cache."""
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
 def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: int) -> State:
     """An empty cache that has learned nothing. Memory is taken as records come, not here."""
     num_slots = max_held + max_ghosts
@@ -172,9 +183,9 @@ def new_state(budget_bytes: int, max_held: int, max_ghosts: int, max_tenants: in
         leaves=np.zeros(num_slots, np.int32),
         queues=np.full((2, NUM_BINS + 1), -1, np.int32),
         hazards=np.zeros((4, NUM_USES, NUM_BINS + 1)),
-        tables=np.zeros((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1)),
+        tables=_sparse((4, NUM_TABLES, NUM_CLASSES, NUM_BINS + 1), np.float64),
         active=np.ones(NUM_TABLES, np.bool_),
-        rates=np.zeros((NUM_KINDS, NUM_BINS + 1), np.float32),
+        rates=_sparse((NUM_KINDS, NUM_BINS + 1), np.float32),
         versions=np.zeros(NUM_KINDS, np.int64),
         tenants=tenants,
         numbers=numbers,
