@@ -178,7 +178,7 @@ def stage_at(model: Path, split: Split) -> Iterator[Way]:
             far, place = None, {}
         limits = ("--max-model-len", str(CONTEXT))
         layers = f"{split[0]}:{split[1]}"
-        options = ("--leases", "2", "--config", '{"insecure": true}')
+        options = ("--leases", "2", "--config", '{"insecure": true}', "--kv-bytes", "2GiB")
         stage = stack.enter_context(
             stage_of(model, layers, *options, vllm_args=limits, name="plan", **place)
         )

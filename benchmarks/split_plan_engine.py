@@ -22,11 +22,13 @@ def main() -> None:
     mcp_vllm.vllm_plugin.register()
     engine = LLM(**json.loads(sys.stdin.readline())["engine"]).llm_engine
     number = 0
+    span: tuple[int, int] | None = None
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "layers" in asked:
-            move(engine, tuple(asked["layers"]))
+            span = tuple(asked["layers"])
+            move(engine, span)
             print(json.dumps({"moved": True}), file=out, flush=True)
             continue
         ttft_s: list[float] = []
@@ -34,6 +36,8 @@ def main() -> None:
         for repeat in range(asked["repeat"] + 1):
             number += 1
             first, rest = run(engine, str(number), asked)
+            if span is not None and span != held(engine):
+                sys.exit(f"layers {span} were asked for, {held(engine)} are at the stage")
             if repeat:  # the first one warms up
                 ttft_s.append(first)
                 token_s += rest
@@ -45,6 +49,12 @@ def move(engine: Any, span: tuple[int, int]) -> None:
     from mcp_vllm.split.replan import Change
 
     engine.engine_core.engine_core.model_executor._change = Change(span, 0.0, 0.0)
+
+
+def held(engine: Any) -> tuple[int, int] | None:
+    """The layers that a stage really has."""
+    executor = engine.engine_core.engine_core.model_executor
+    return None if executor._link is None else executor._held.span
 
 
 def run(engine: Any, name: str, asked: dict[str, int]) -> tuple[float, list[float]]:

@@ -106,6 +106,8 @@ class Hello(msgspec.Struct, frozen=True):
             that it wants; Welcome has `about`, and Ok a KvPlan.
         measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
             Reply says what each layer took.
+        cores: a name of the machine and the cores that the engine has (same_cores.py); empty: it
+            does not say.
     """
 
     facts: dict[str, str]
@@ -118,6 +120,7 @@ class Hello(msgspec.Struct, frozen=True):
     layers: str = ""
     dtype: str = ""
     is_client: bool = False
+    cores: str = ""
 
 
 # A KV cache spec of vLLM: the name of its class, and its fields.
@@ -156,6 +159,7 @@ class Welcome(msgspec.Struct, frozen=True):
     width: elements a token in each of them.
     layers: FIRST:END that the stage holds, of which the lease has those that Hello asks for.
     packing: how the stage's machine arranges KV pages, for engines that store them.
+    shares_cores: the stage has the cores that Hello names, and takes turns with the engine on them.
     """
 
     kv_specs: dict[str, KvSpec]
@@ -165,6 +169,7 @@ class Welcome(msgspec.Struct, frozen=True):
     layers: str
     about: About | None = None
     packing: str = ""
+    shares_cores: bool = False
 
 
 class KvGroup(msgspec.Struct, frozen=True):

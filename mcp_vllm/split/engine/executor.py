@@ -23,7 +23,6 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
-from mcp_vllm.config.address import Address
 from mcp_vllm.config.split import SplitConfig, parse_layers
 from mcp_vllm.split import spans
 from mcp_vllm.split.activations import DTYPES, Activations
@@ -49,6 +48,7 @@ from mcp_vllm.split.errors import SplitError, StageLost
 from mcp_vllm.split.link import Link, Stages
 from mcp_vllm.split.noise import ActivationNoise, NoisySessions, noisy_batch
 from mcp_vllm.split.replan import Change, DecodeStep, Replanner
+from mcp_vllm.split.same_cores import cores_name
 from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Hello, Step
 from mcp_vllm.vllm_plugin.fingerprint import attention_packing
@@ -128,9 +128,7 @@ class SplitExecutor(UniProcExecutor):
         with_connector = self.vllm_config.kv_transfer_config is not None
         announce(remote_layers(*kv_cache_configs, self._present_link) if with_connector else None)
         super().initialize_from_config(kv_cache_configs)
-        if any(Address.parse(stage).is_loopback for stage in self._split.stages):
-            map_slots_alone()
-            self._core = take_cores(from_last=False)
+        self._share_cores()
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
@@ -183,6 +181,12 @@ class SplitExecutor(UniProcExecutor):
         except StageLost as error:
             self._lost = error
             _drop_transfers()
+
+    def _share_cores(self) -> None:
+        """With the stage, if it has the same ones. What is bound stays so when the layers go on."""
+        if self._link is not None and self._link.welcome.shares_cores:
+            map_slots_alone()
+            self._core = take_cores(from_last=False)
 
     def _present_link(self) -> Link:
         """For the connector, which reads and writes KV blocks at the stage."""
@@ -318,6 +322,7 @@ class SplitExecutor(UniProcExecutor):
 
     def _use(self, link: Link | None) -> None:
         self._link = link
+        self._share_cores()
         self._last = None, None
         if link is not None and self._watch is not None:
             self._watch.close()
@@ -341,6 +346,7 @@ class SplitExecutor(UniProcExecutor):
             max_tokens=config.scheduler_config.max_num_batched_tokens,
             form=self._split.form,
             dtype=_name(config.model_config.dtype),
+            cores=cores_name(),
         )
 
 

@@ -10,6 +10,7 @@ anything. Called by `split/plan/measure.py`; standard output is the figures alon
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -26,14 +27,23 @@ from mcp_vllm.split.plan.shape import Work
 
 _DECODE_STEPS = 12
 _KV_BYTES = 1 << 30
+# As the middle layers of a split would take: long enough for threads to go to sleep.
+_PAUSE_S = 0.005
 
 
 @dataclass
 class _Timed:
-    """Seconds of the steps of one shape: each layer's, and the rest."""
+    """Seconds of the steps of one shape: each layer's, and the rest; whole steps that paused in
+    their middle, without the pause."""
 
     layers: list[list[float]] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
+    paused: list[float] = field(default_factory=list)
+
+    @property
+    def resume_s(self) -> float:
+        whole = [sum(layers) + rest for layers, rest in zip(self.layers, self.rest, strict=True)]
+        return typical(self.paused) - typical(whole)
 
 
 class _Engine:
@@ -59,7 +69,11 @@ class _Engine:
         runner = self._vllm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         self.hidden = runner.model_config.get_hidden_size()
         self.device = runner.device
-        self._timer = LayerTimer(_stack(runner.model, request.layers), self.device)
+        layers = _stack(runner.model, request.layers)
+        layers[len(layers) // 2].register_forward_pre_hook(self._pause)  # before its timer starts
+        self._timer = LayerTimer(layers, self.device)
+        self._pauses = False
+        self._paused_s = 0.0
         self._number = 0
         self.timed: dict[Work, _Timed] = defaultdict(_Timed)
 
@@ -85,17 +99,27 @@ class _Engine:
             self._step(shape)
         for i in range(_DECODE_STEPS):
             # Of the first step the caches are cold, and prompts in pieces end at different times.
-            self._step(Work(requests, 1, prompt + i + 1) if i else None)
+            self._step(Work(requests, 1, prompt + i + 1) if i else None, pauses=i % 2 == 0)
         while self._vllm.has_unfinished_requests():
             self._step(None)
 
-    def _step(self, work: Work | None) -> None:
+    def _pause(self, *_: Any) -> None:
+        if self._pauses:
+            started = time.perf_counter()
+            time.sleep(_PAUSE_S)
+            self._paused_s = time.perf_counter() - started
+
+    def _step(self, work: Work | None, pauses: bool = False) -> None:
+        self._pauses, self._paused_s = pauses, 0.0
         started = time.perf_counter()
         outputs = self._vllm.step()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - self._paused_s
         is_whole = work is not None and (not work.is_decode or len(outputs) == work.requests)
         if work is not None and is_whole:
             timed = self.timed[_rounded(work)]
+            if pauses:
+                timed.paused.append(seconds)
+                return
             timed.layers.append(list(self._timer.seconds))
             timed.rest.append(max(seconds - sum(self._timer.seconds), 1e-6))
 
@@ -110,6 +134,7 @@ def measure(request: MeasureRequest) -> Figures:
         for requests, prompt in shapes:
             engine.run(requests, prompt, request.budget)
     layers, rest = [], []
+    resuming = [each.resume_s for each in engine.timed.values() if each.paused and each.rest]
     for work, timed in engine.timed.items():
         step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
         rest.append(StepTime(**step, seconds=typical(timed.rest)))
@@ -125,6 +150,7 @@ def measure(request: MeasureRequest) -> Figures:
         memory_bytes=request.memory_bytes or memory_bytes,
         layers=layers,
         rest=rest,
+        resume_s=max(0.0, statistics.median(resuming)),
     )
 
 

@@ -44,6 +44,7 @@ from mcp_vllm.split.engine.support import (
 from mcp_vllm.split.errors import SplitError, StageRefused
 from mcp_vllm.split.memory import allocatable, is_out_of_memory
 from mcp_vllm.split.plan.read import read_model, stored_layer_bytes
+from mcp_vllm.split.same_cores import cores_name
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.stage_http import serve_http
 from mcp_vllm.split.stage_server import StageServer
@@ -75,9 +76,6 @@ class StageModel:
         self._plan = OnlySpan(*self._span, num_layers(config))
         self._lease_bytes = int(stage.kv_bytes) // stage.leases
         self._max_leases = stage.leases
-        self._shares_cores = Address.parse(stage.listen).is_loopback
-        if self._shares_cores:
-            map_slots_alone()
         self._open_leases = 0
         self._lock = threading.Lock()
         self.ready = threading.Event()
@@ -159,9 +157,11 @@ class StageModel:
             self._open_leases += 1
         timer = None
         try:
-            if self._shares_cores:
-                take_cores(from_last=True).__enter__()  # for good: this thread is the lease's alone
             welcome = self._welcome_to(span)
+            if hello.cores and hello.cores == cores_name():
+                map_slots_alone()
+                take_cores(from_last=True).__enter__()  # for good: this thread is the lease's alone
+                welcome = msgspec.structs.replace(welcome, shares_cores=True)
             if hello.measuring or hello.is_client:
                 welcome = msgspec.structs.replace(welcome, about=self._about)
             if hello.measuring:

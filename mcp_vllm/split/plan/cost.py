@@ -1,6 +1,6 @@
 """How long a step takes under a split, and what requests see of it.
 
-    step = rest + local layers + stage + link
+    step = rest + local layers + [resuming + stage + link]
 
     time to first token = the prefill steps of one prompt on an idle engine
     time per token      = one decode step of `batch` requests at the context
@@ -88,6 +88,8 @@ class CostModel:
             - float(local[end] - local[first])
             + float(remote[end] - remote[first])
             + self._stage.rest_s(work)
+            + self._local.resume_s
+            + self._stage.resume_s
             + self._link.time_s(2 * work.num_tokens * self._form.token_bytes)
             + 2 * (work.num_tokens * self._form.token_s + self._form.way_s)
         )

@@ -84,6 +84,10 @@ class Figures(_Strict):
     rest: list[StepTime] = Field(max_length=_MAX_SAMPLES)
     """A step without its layers."""
 
+    resume_s: Annotated[float, Field(ge=0, lt=3600, allow_inf_nan=False)] = 0.0
+    """What a step takes more that waits in its middle, beside that: threads that slept are woken,
+    caches have gone cold. Part of a stage's times already: it waits before each step."""
+
     def check_model(self, shape: ModelShape, flag: str) -> None:
         """Raises FiguresError: measured on another model than the one of `shape`."""
         if self.hidden != shape.hidden or max(each.end for each in self.layers) > shape.num_layers:

@@ -63,12 +63,13 @@ NO_REST = Rest(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class MachineFit:
-    """One machine, prefill and decode apart."""
+    """One machine, prefill and decode apart; `resume_s` more, if a step waits in its middle."""
 
     prefill: Rates
     decode: Rates
     prefill_rest: Rest
     decode_rest: Rest
+    resume_s: float = 0.0
 
     def rates(self, work: Work) -> Rates:
         return self.decode if work.is_decode else self.prefill
@@ -112,6 +113,7 @@ def fit_machine(figures: Figures, shape: ModelShape, flag: str, as_stage: bool) 
         rates[True],
         _fit_rest([each for each in rest if not each.work.is_decode]),
         _fit_rest([each for each in rest if each.work.is_decode]),
+        figures.resume_s,
     )
 
 

@@ -29,6 +29,7 @@ from mcp_vllm.split.plan.figures import (
     typical,
 )
 from mcp_vllm.split.plan.shape import ModelShape, Work
+from mcp_vllm.split.same_cores import cores_name
 from mcp_vllm.split.wire import (
     Acts,
     Continued,
@@ -61,6 +62,7 @@ def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Fig
         max_tokens=max(load.budget, load.batch, 2),
         form=config.form,
         measuring=True,
+        cores=cores_name(),
     )
     link = Stages(config, hello, dtype).connect()
     try:
@@ -159,7 +161,9 @@ class _Probe:
             getattr(torch, self._shape.dtype)
         )
         residual = rows.clone() if link.form.has_residual else None
+        started = time.perf_counter()
         link.begin(self._number, self._send)
+        beginning = time.perf_counter() - started
         time.sleep(_LEAD_S)
         started = time.perf_counter()
         payload = link.form.encode(Activations(rows, residual))
@@ -178,7 +182,7 @@ class _Probe:
         if keep:
             self._layers[work].append(times.layers)
             self._rest[work].append(max(times.total - sum(times.layers), 1e-6))
-            self._ways[2 * len(message.payload)].append(seconds - times.total)
+            self._ways[2 * len(message.payload)].append(beginning + seconds - times.total)
 
     def _blocks(self, work: Work, more: int) -> list[list[int]]:
         """Block ids of all requests, by group; id 0 is the null block."""
