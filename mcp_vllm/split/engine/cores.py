@@ -9,29 +9,19 @@ prepare a step do so side by side.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 
-logger = logging.getLogger(__name__)
+from mcp_vllm.split.engine.openmp import team
 
-_Given = ParamSpec("_Given")
-_Result = TypeVar("_Result")
+logger = logging.getLogger(__name__)
 
 # A user who has set one of these knows better.
 _GIVEN = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-_LIBRARIES = ("libgomp", "libiomp5", "libomp")
-_NEEDED = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads", "omp_set_num_threads")
-_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)
@@ -85,53 +75,3 @@ def _bind(thread: int, cores: Iterable[int]) -> bool:
         logger.debug("thread %d is not bound to %s: %s", thread, sorted(cores), error)
         return False
     return True
-
-
-def alone(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """`function`, whose OpenMP regions then have the calling thread alone."""
-    library = _library()
-    if library is None:
-        return function
-    torch.get_num_threads()  # as in `take_cores`
-
-    @functools.wraps(function)
-    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        threads = library.omp_get_max_threads()
-        library.omp_set_num_threads(1)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            library.omp_set_num_threads(threads)
-
-    return run
-
-
-def team() -> dict[int, int]:
-    """The kernel's ids of this thread and the others of its OpenMP team, by their number there.
-
-    Empty: torch's OpenMP library is not to be found.
-    """
-    library = _library()
-    threads: dict[int, int] = {}
-    if library is not None:
-
-        @_Body
-        def note(_: object) -> None:
-            threads[library.omp_get_thread_num()] = threading.get_native_id()
-
-        # What a compiler makes of `#pragma omp parallel`; 0: as many threads as usual, no flags.
-        library.GOMP_parallel(note, None, 0, 0)
-    return threads
-
-
-def _library() -> ctypes.CDLL | None:
-    """The one that torch uses: preloaded, or loaded by torch."""
-    with contextlib.suppress(OSError):
-        mapped = Path("/proc/self/maps").read_text().splitlines()
-        paths = sorted({line.split(maxsplit=5)[-1] for line in mapped if "/" in line})
-        loaded = [each for each in paths if Path(each).name.startswith(_LIBRARIES)]
-        for path in (None, *loaded):
-            library = ctypes.CDLL(path)
-            if all(hasattr(library, name) for name in _NEEDED):
-                return library
-    return None

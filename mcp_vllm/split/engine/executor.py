@@ -31,6 +31,7 @@ from mcp_vllm.split.engine.held import HeldLayers
 from mcp_vllm.split.engine.kv_specs import decode_spec, in_dtype
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.layers import AllButSpan, building
+from mcp_vllm.split.engine.openmp import Helpers
 from mcp_vllm.split.engine.scheduler import MovingOutput, StageLostOutput
 from mcp_vllm.split.engine.slot_mapping import map_slots_alone
 from mcp_vllm.split.engine.stage_pages import remote_layers
@@ -88,6 +89,7 @@ class SplitExecutor(UniProcExecutor):
         self._step: Step | None = None
         self._counts: dict[str, int] = {}
         self._core = Core()
+        self._helpers = Helpers()
         noise = self._split.noise
         self._noise = NoisySessions(ActivationNoise(**noise.model_dump())) if noise else None
         with building(self._plan):
@@ -187,6 +189,7 @@ class SplitExecutor(UniProcExecutor):
         if self._link is not None and self._link.welcome.shares_cores:
             map_slots_alone()
             self._core = take_cores(from_last=False)
+            self._helpers = Helpers.of_this_machine()
 
     def _present_link(self) -> Link:
         """For the connector, which reads and writes KV blocks at the stage."""
@@ -234,7 +237,8 @@ class SplitExecutor(UniProcExecutor):
             used = noisy_batch(self._noise, used, {each: self._counts[each] for each in req_ids})
         started = time.perf_counter()
         try:
-            answer = self._link.run(self._number, order, used)
+            with self._helpers.resting():
+                answer = self._link.run(self._number, order, used)
         except StageLost as error:
             self._lost = error  # what else is in this step need not try again
             raise

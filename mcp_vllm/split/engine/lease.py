@@ -31,6 +31,7 @@ from mcp_vllm.split import wire
 from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.engine.kv_specs import decode_group, decode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
+from mcp_vllm.split.engine.openmp import Helpers
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
 from mcp_vllm.split.spans import Span
@@ -102,6 +103,7 @@ class StageLease:
         self._page_bytes: dict[str, int] = {}
         self._layer_seconds: list[float] = []
         self._decoder: StepDecoder | None = None
+        self._helpers = Helpers.of_this_machine() if welcome.shares_cores else Helpers()
         with turn.lock, set_current_vllm_config(self._config):
             self._runner = make_runner(self._config)
 
@@ -155,6 +157,7 @@ class StageLease:
             result = self._runner.execute_model(output, rows)
             if self._timer is not None:
                 self._layer_seconds = list(self._timer.seconds)
+            self._helpers.rest()  # until the next step's activations are there
             return rows.in_engine_order(result.tensors, step.num_tokens)
 
     @torch.inference_mode()
@@ -201,6 +204,7 @@ class StageLease:
         return self._layer_seconds
 
     def close(self) -> None:
+        self._helpers.wake()
         with self._turn.lock:
             self._turn.unbind(self)
             if self._timer is not None:
@@ -223,6 +227,7 @@ class StageLease:
         try:
             order, activations = take()
         finally:
+            self._helpers.wake()
             self._turn.lock.acquire()
         self._turn.bind(self, self._span, self._kv_caches)
         counts = dict(step.scheduled)

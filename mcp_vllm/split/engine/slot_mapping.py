@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from mcp_vllm.split.engine.cores import alone
+from mcp_vllm.split.engine.openmp import alone
 
 # More is worth another thread.
 _FEW_TOKENS = 256
