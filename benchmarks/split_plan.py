@@ -5,17 +5,20 @@
 For each model: this machine and a stage are measured as the command measures them (the stage holds
 all layers but the first and the last), each link through the stage. Then a real engine, which uses
 one span of the stage's layers after the other, runs prompts of three lengths over a shaped link,
-and both times are compared. Repeated times count with their lower quartile, measured and predicted
-alike: other processes only ever make a step slower.
+and both times are compared; a whole engine takes its turns, too. Repeated times count with their
+lower quartile, measured and predicted alike, and all is run in rounds, figures are taken before and
+after: other processes, and other machines on the same host, only ever make a step slower.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.demo.engines import default_environment
 from mcp_vllm.demo.weights import ensure_gemma
 from mcp_vllm.split.plan.cost import CostModel, Load, Split
-from mcp_vllm.split.plan.figures import Figures, LinkFigures, typical
+from mcp_vllm.split.plan.figures import Figures, LinkFigures, StepTime, typical
 from mcp_vllm.split.plan.fit import LinkFit, fit_link, fit_machine
 from mcp_vllm.split.plan.measure import measure_here
 from mcp_vllm.split.plan.read import read_model
@@ -46,12 +49,14 @@ from tests.shaped_link import ShapedLink
 
 REPOSITORY = Path(__file__).parents[1]
 BUDGET, CONTEXT = 256, 1024
-ANSWER, REPEAT = 12, 4
+ANSWER, REPEAT, ROUNDS = 12, 2, 3
 PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
 SPLITS: dict[str, list[Split]] = {
     "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
     "gemma": [(1, 9), (5, 12), (12, 17)],
 }
+# A split (None: everything local), the name of a link, tokens of a prompt, requests at once.
+Case = tuple[Split | None, str, int, int]
 # Name, delay one way in seconds, Mbit/s each way.
 LINKS = (("quick", 0.0, None), ("20 ms", 0.010, None), ("100 Mbit/s", 0.0, 100))
 PATIENT = {"lost_ms": 20_000, "step_ms": 120_000, "connect_ms": 10_000, "replan_s": 0}
@@ -96,40 +101,47 @@ def main() -> None:
 def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     shape = read_model(str(model))
     whole = (1, shape.num_layers - 1)
-    links: dict[str, LinkFit] = {}
     request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
-    engine_figures = measure_here(request, shares_cores=True)
-    _keep(keep, f"{name}-engine", engine_figures)
-    local = fit_machine(engine_figures, shape, "--local", as_stage=False)
-    rows = []
+    local_figures = [measure_here(request, shares_cores=True)]
+    stage_figures: list[Figures] = []
+    links: dict[str, LinkFit] = {}
     with stage_at(model, whole) as way:
         for label, delay_s, mbit_s in LINKS:
             way.shape(delay_s, mbit_s)
             figures, transfers = probe_stage(_config(whole, way), shape, LONGEST)
+            stage_figures.append(figures)
             links[label] = fit_link(transfers)
             _keep(keep, f"{name}-link-{len(links)}", transfers)
-            if label == LINKS[0][0]:
-                _keep(keep, f"{name}-stage", figures)
-                cloud = fit_machine(figures, shape, "--cloud", as_stage=True)
-        print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
         way.shape(0.0, None)
-        config = _config(SPLITS[name][0], way).model_dump(mode="json")
-        with engine(model, mcp_split=json.dumps(config)) as process:
-            for split in SPLITS[name]:
-                _tell(process, {"layers": split})
-                for label, delay_s, mbit_s in LINKS:
-                    way.shape(delay_s, mbit_s)
-                    costs = CostModel(shape, local, cloud, links[label])
-                    for prompt, batch in PROMPTS:
-                        measured = _ask(process, prompt, batch)
-                        made = _row(costs, name, split, label, prompt, batch, measured)
-                        rows += made
-                        print(*(_line(each) for each in made), sep="\n", flush=True)
-    with engine(model) as process:
-        for prompt, batch in PROMPTS:
-            measured = _ask(process, prompt, batch)
-            rows += _row(CostModel(shape, local), name, None, "none", prompt, batch, measured)
+        measured = _run_all(name, model, way)
+    local_figures.append(measure_here(request, shares_cores=True))
+    fits = []
+    for side, several in (("local", local_figures), ("cloud", stage_figures)):
+        figures = _quickest(several)
+        _keep(keep, f"{name}-{side}", figures)
+        fits.append(fit_machine(figures, shape, f"--{side}", as_stage=side == "cloud"))
+    local, cloud = fits
+    print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
+    rows = []
+    for (split, label, prompt, batch), samples in measured.items():
+        costs = CostModel(shape, local, cloud, links.get(label))
+        times = {what: typical(values) for what, values in samples.items()}
+        rows += _row(costs, name, split, label, prompt, batch, times)
+    print(*map(_line, rows), sep="\n", flush=True)
     return rows
+
+
+def _quickest(several: list[Figures]) -> Figures:
+    """Of what was measured several times on one machine, the quickest times."""
+    parts = {}
+    for part in ("layers", "rest"):
+        best: dict[tuple[object, ...], StepTime] = {}
+        for each in itertools.chain.from_iterable(getattr(figures, part) for figures in several):
+            key = tuple(value for name, value in each if name != "seconds")
+            best[key] = min(each, best.get(key, each), key=lambda time: time.seconds)
+        parts[part] = list(best.values())
+    resume_s = min(each.resume_s for each in several)
+    return several[0].model_copy(update={**parts, "resume_s": resume_s})
 
 
 def report(rows: list[Row]) -> None:
@@ -187,6 +199,31 @@ def stage_at(model: Path, split: Split) -> Iterator[Way]:
         yield Way(proxy, far)
 
 
+def _run_all(name: str, model: Path, way: Way) -> dict[Case, dict[str, list[float]]]:
+    """Seconds of every case, and of the whole engine, in rounds: for minutes at a time a virtual
+    machine may be slower."""
+    samples: defaultdict[Case, defaultdict[str, list[float]]]
+    samples = defaultdict(lambda: defaultdict(list))
+
+    def ask(process: subprocess.Popen[str], split: Split | None, label: str) -> None:
+        for prompt, batch in PROMPTS:
+            asked = {"prompt": prompt, "answer": ANSWER, "batch": batch, "repeat": REPEAT}
+            for what, seconds in _tell(process, asked).items():
+                samples[split, label, prompt, batch][what] += seconds
+
+    config = _config(SPLITS[name][0], way).model_dump(mode="json")
+    with engine(model) as whole, engine(model, mcp_split=json.dumps(config)) as process:
+        for _ in range(ROUNDS):
+            ask(whole, None, "none")
+            for split in SPLITS[name]:
+                _tell(process, {"layers": split})
+                for label, delay_s, mbit_s in LINKS:
+                    way.shape(delay_s, mbit_s)
+                    ask(process, split, label)
+                way.shape(0.0, None)
+    return samples
+
+
 @contextmanager
 def engine(model: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
     arguments = {
@@ -223,11 +260,6 @@ def engine(model: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
         finally:
             process.kill()
             process.wait()
-
-
-def _ask(process: subprocess.Popen[str], prompt: int, batch: int) -> dict[str, float]:
-    asked = {"prompt": prompt, "answer": ANSWER, "batch": batch, "repeat": REPEAT}
-    return {name: typical(values) for name, values in _tell(process, asked).items()}
 
 
 def _tell(process: subprocess.Popen[str], line: dict[str, Any]) -> Any:
