@@ -22,6 +22,7 @@ from mcp_vllm.split import spans, wire
 from mcp_vllm.split.activations import Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, connect, expect
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
+from mcp_vllm.split.same_cores import name_cores
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.wire import Acts, Hello, Kind, KvBlocks, KvInit, Step, StepSeconds, Welcome
 
@@ -267,11 +268,13 @@ class Stages:
         return Link(stage, welcome, form, channel, patience)
 
     def _hello_for(self, span: Span) -> Hello:
-        """The token is read for each connection: whoever renews it replaces the file."""
+        """The token is read for each connection: whoever renews it replaces the file. The cores
+        have another name each time: a stage cannot tell by it who connects again."""
         token_file = self._config.token_file
         token = self._hello.token if token_file is None else read_token(token_file)
         layers = "" if self._hello.measuring else spans.text(span)
-        return msgspec.structs.replace(self._hello, token=token, layers=layers)
+        named = {"token": token, "layers": layers, "cores": name_cores()}
+        return msgspec.structs.replace(self._hello, **named)
 
 
 def _receive(stage: str, channel: Channel, kind: Kind, step: int, patience: Patience) -> Message:

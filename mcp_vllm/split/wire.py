@@ -106,8 +106,7 @@ class Hello(msgspec.Struct, frozen=True):
             that it wants; Welcome has `about`, and Ok a KvPlan.
         measuring: wants times, not results: `facts` need not agree, Welcome has `about`, and each
             Reply says what each layer took.
-        cores: a name of the machine and the cores that the engine has (same_cores.py); empty: it
-            does not say.
+        cores: a name of the cores that the engine has (same_cores.py); empty: it does not say.
     """
 
     facts: dict[str, str]

@@ -49,7 +49,6 @@ from mcp_vllm.split.errors import SplitError, StageLost
 from mcp_vllm.split.link import Link, Stages
 from mcp_vllm.split.noise import ActivationNoise, NoisySessions, noisy_batch
 from mcp_vllm.split.replan import Change, DecodeStep, Replanner
-from mcp_vllm.split.same_cores import cores_name
 from mcp_vllm.split.watch import Watch
 from mcp_vllm.split.wire import Hello, Step
 from mcp_vllm.vllm_plugin.fingerprint import attention_packing
@@ -350,7 +349,6 @@ class SplitExecutor(UniProcExecutor):
             max_tokens=config.scheduler_config.max_num_batched_tokens,
             form=self._split.form,
             dtype=_name(config.model_config.dtype),
-            cores=cores_name(),
         )
 
 

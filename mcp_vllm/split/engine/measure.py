@@ -27,8 +27,8 @@ from mcp_vllm.split.plan.shape import Work
 
 _DECODE_STEPS = 12
 _KV_BYTES = 1 << 30
-# As the middle layers of a split would take: long enough for threads to go to sleep.
-_PAUSE_S = 0.005
+# Where the middle layers of a split would be: longer than OpenMP's threads spin.
+_PAUSE_S = 0.02
 
 
 @dataclass
@@ -134,8 +134,9 @@ def measure(request: MeasureRequest) -> Figures:
         for requests, prompt in shapes:
             engine.run(requests, prompt, request.budget)
     layers, rest = [], []
-    resuming = [each.resume_s for each in engine.timed.values() if each.paused and each.rest]
-    for work, timed in engine.timed.items():
+    measured = {work: timed for work, timed in engine.timed.items() if timed.rest}
+    resuming = [each.resume_s for each in measured.values() if each.paused]
+    for work, timed in measured.items():
         step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
         rest.append(StepTime(**step, seconds=typical(timed.rest)))
         for index, seconds in enumerate(zip(*timed.layers, strict=True)):

@@ -37,13 +37,15 @@ class Helpers:
 
     Left alone they spin after their work, for up to milliseconds, each on the core where a thread
     of the process that this one waits for is about to compute. Between `rest` and `wake` this
-    thread is inside of a parallel region: whatever it computes, it computes alone. Both are called
-    by the thread whose helpers they are.
+    thread is inside of a parallel region: what it prepares, encodes and decodes there it computes
+    alone, and no layer may run there: kernels that count on all threads would wait for them. Both
+    are called by the thread whose helpers they are.
     """
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         """`library`: torch's; None: they are left alone."""
         self._library = library
+        self._libc = None if library is None else ctypes.CDLL(None)
         self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
         self._rest = False
 
@@ -53,28 +55,29 @@ class Helpers:
 
     def rest(self) -> None:
         """Let them sleep until `wake`."""
-        if self._library is None or self._rest:
+        if self._library is None or self._libc is None or self._rest:
             return
-        libc = ctypes.CDLL(None)
-        libc.sem_init(self._semaphore, 0, 0)
+        threads = self._library.omp_get_max_threads()
+        self._libc.sem_init(self._semaphore, 0, 0)
+        self._rest = True  # before, and false before the end: an interrupt may come between
         # They call sem_wait, and this thread goes on. 0: as many threads as usual.
-        self._library.GOMP_parallel_start(libc.sem_wait, self._semaphore, 0)
-        self._rest = True
+        self._library.GOMP_parallel_start(self._libc.sem_wait, self._semaphore, 0)
+        # What is prepared here for the layers says how many threads they will have.
+        self._library.omp_set_num_threads(threads)
 
     def wake(self) -> None:
         """Let them take part again; nothing, if they do."""
-        if self._library is None or not self._rest:
+        if self._library is None or self._libc is None or not self._rest:
             return
-        libc = ctypes.CDLL(None)
         for _ in range(self._library.omp_get_num_threads() - 1):
-            libc.sem_post(self._semaphore)
-        self._library.GOMP_parallel_end()
+            self._libc.sem_post(self._semaphore)
         self._rest = False
+        self._library.GOMP_parallel_end()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        self.rest()
         try:
+            self.rest()
             yield
         finally:
             self.wake()

@@ -44,7 +44,7 @@ from mcp_vllm.split.engine.support import (
 from mcp_vllm.split.errors import SplitError, StageRefused
 from mcp_vllm.split.memory import allocatable, is_out_of_memory
 from mcp_vllm.split.plan.read import read_model, stored_layer_bytes
-from mcp_vllm.split.same_cores import cores_name
+from mcp_vllm.split.same_cores import has_cores
 from mcp_vllm.split.spans import Span
 from mcp_vllm.split.stage_http import serve_http
 from mcp_vllm.split.stage_server import StageServer
@@ -158,7 +158,7 @@ class StageModel:
         timer = None
         try:
             welcome = self._welcome_to(span)
-            if hello.cores and hello.cores == cores_name():
+            if has_cores(hello.cores):
                 map_slots_alone()
                 take_cores(from_last=True).__enter__()  # for good: this thread is the lease's alone
                 welcome = msgspec.structs.replace(welcome, shares_cores=True)

@@ -29,7 +29,6 @@ from mcp_vllm.split.plan.figures import (
     typical,
 )
 from mcp_vllm.split.plan.shape import ModelShape, Work
-from mcp_vllm.split.same_cores import cores_name
 from mcp_vllm.split.wire import (
     Acts,
     Continued,
@@ -62,7 +61,6 @@ def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Fig
         max_tokens=max(load.budget, load.batch, 2),
         form=config.form,
         measuring=True,
-        cores=cores_name(),
     )
     link = Stages(config, hello, dtype).connect()
     try:

@@ -1,40 +1,22 @@
-"""Which core each OpenMP thread has, and when it sleeps."""
+"""Which core each OpenMP thread has."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from mcp_vllm.split.engine.cores import take_cores
-from mcp_vllm.split.engine.openmp import Helpers, alone, team
-from tests.waiting import wait_for
+from mcp_vllm.split.engine.openmp import alone, team
+from tests.unit.split.own_thread import in_thread
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 pytestmark = pytest.mark.skipif(len(CORES) != 2, reason="binds where there are two cores")
 
 
-def in_thread(work: Callable[[], object]) -> object:
-    """In a thread that has a team of its own, which ends with it."""
-    results: list[object] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
-    thread.start()
-    thread.join()
-    return results[0]
-
-
 def cores_of_team() -> dict[int, list[int]]:
     return {number: sorted(os.sched_getaffinity(thread)) for number, thread in team().items()}
-
-
-def is_asleep(thread: int) -> bool:
-    """See proc(5): the state follows the name."""
-    stat = Path(f"/proc/self/task/{thread}/stat").read_text()
-    return stat.rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.fixture
@@ -88,30 +70,6 @@ def test_a_machine_that_refuses_fails_nothing(monkeypatch: pytest.MonkeyPatch) -
 
     # What was bound while it was allowed stays so.
     assert in_thread(work) == {0: CORES, 1: CORES[:1]}
-
-
-@pytest.mark.usefixtures("as_many_threads_as_cores")
-def test_helpers_sleep_until_they_are_woken() -> None:
-    def work() -> tuple[int, bool, int]:
-        (other,) = set(team().values()) - {threading.get_native_id()}
-        helpers = Helpers.of_this_machine()
-        with helpers.resting():
-            wait_for("the other thread sleeps", lambda: is_asleep(other))
-            helpers.rest()  # they do
-            torch.ones(1 << 20).sum()  # which is enough for several threads
-            alone_then, still = len(team()), is_asleep(other)
-        helpers.wake()  # they are
-        return alone_then, still, len(team())
-
-    assert in_thread(work) == (1, True, len(CORES))
-
-
-def test_helpers_that_are_left_alone() -> None:
-    def work() -> int:
-        with Helpers().resting():
-            return len(team())
-
-    assert in_thread(work) == in_thread(lambda: len(team()))
 
 
 def test_who_has_bound_threads_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:

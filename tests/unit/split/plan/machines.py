@@ -31,7 +31,7 @@ def shape_of_layers(
 def machine(speed: float = 1.0, step_s: float = 1e-3) -> MachineFit:
     rates = Rates(2e-11 / speed, 1e-10 / speed, 2e-4 / speed)
     rest = Rest(step_s, 1e-6, 1e-5)
-    return MachineFit(rates, rates, rest, rest)
+    return MachineFit(rates, rates, rest, rest, resume_s=step_s / 4)
 
 
 def figures_of(fit: MachineFit, shape: ModelShape, works: Iterable[Work], **changed) -> Figures:
@@ -53,6 +53,7 @@ def figures_of(fit: MachineFit, shape: ModelShape, works: Iterable[Work], **chan
         "memory_bytes": 1 << 30,
         "layers": layers,
         "rest": rest,
+        "resume_s": fit.resume_s,
     }
     return Figures(**given | changed)
 

@@ -28,7 +28,7 @@ def written_out_step_s(model, local, stage, link, work: Work, split, form) -> fl
         compute, read = layer.flops(work) * rates.flop_s, layer.bytes_read(work) * rates.byte_s
         seconds += max(compute, read) + rates.layer_s
     if split:
-        seconds += stage.rest_s(work)
+        seconds += local.resume_s + stage.rest_s(work) + stage.resume_s
         cost = model.forms[form]
         token_s = cost.token_bytes * link.byte_s + cost.token_s
         seconds += link.rtt_s + 2 * (work.num_tokens * token_s + cost.way_s)
