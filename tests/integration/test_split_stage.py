@@ -9,6 +9,7 @@ import pytest
 from mcp_vllm.demo.engines import Engine, free_port
 from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
+from mcp_vllm.split.same_cores import name_cores
 from mcp_vllm.split.wire import Continued, Hello, Kind, KvInit, NewRequest, Step, Welcome
 from tests.integration.engine_client import complete
 from tests.integration.split_engine import Request, rss_anon_bytes
@@ -135,6 +136,14 @@ def connected(stage, hello):
     assert answer.kind == Kind.OK, bytes(answer.metadata)
     channel.max_payload = 1 << 20
     return channel, welcome
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_stage_tells_an_engine_that_has_the_same_cores(stage, hello, here):
+    cores = name_cores() if here else "salt:of-another-machine"
+    wait_for("a free lease", lambda: stage.metric("mcp_stage_leases ") == 0)
+    answer = first_answer(stage, msgspec.structs.replace(hello, cores=cores))
+    assert wire.decode(Welcome, answer.metadata).shares_cores == (here and bool(cores))
 
 
 ONE = NewRequest(1, 40, 0, [[1, 2]])
