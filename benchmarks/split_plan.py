@@ -49,7 +49,7 @@ from tests.shaped_link import ShapedLink
 
 REPOSITORY = Path(__file__).parents[1]
 BUDGET, CONTEXT = 256, 1024
-ANSWER, REPEAT, ROUNDS = 12, 2, 3
+ANSWER, REPEAT, ROUNDS = 12, 1, 6
 PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
 SPLITS: dict[str, list[Split]] = {
     "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
