@@ -141,7 +141,7 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     local_figures.append(measure_here(request, shares_cores=True))
     fits = []
     for side, several in (("local", local_figures), ("cloud", stage_figures)):
-        figures = _quickest(several)
+        figures = _joined(several)
         _keep(keep, f"{name}-{side}", figures)
         fits.append(fit_machine(figures, shape, f"--{side}", as_stage=side == "cloud"))
     local, cloud = fits
@@ -155,16 +155,18 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
     return rows
 
 
-def _quickest(several: list[Figures]) -> Figures:
-    """Of what was measured several times on one machine, the quickest times."""
+def _joined(several: list[Figures]) -> Figures:
+    """Of what was measured several times on one machine, the means."""
     parts = {}
     for part in ("layers", "rest"):
-        best: dict[tuple[object, ...], StepTime] = {}
+        same: dict[tuple[object, ...], list[StepTime]] = defaultdict(list)
         for each in itertools.chain.from_iterable(getattr(figures, part) for figures in several):
-            key = tuple(value for name, value in each if name != "seconds")
-            best[key] = min(each, best.get(key, each), key=lambda time: time.seconds)
-        parts[part] = list(best.values())
-    resume_s = min(each.resume_s for each in several)
+            same[tuple(value for name, value in each if name != "seconds")].append(each)
+        parts[part] = [
+            times[0].model_copy(update={"seconds": statistics.mean(t.seconds for t in times)})
+            for times in same.values()
+        ]
+    resume_s = statistics.mean(each.resume_s for each in several)
     return several[0].model_copy(update={**parts, "resume_s": resume_s})
 
 
