@@ -45,7 +45,7 @@ class Helpers:
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         """`library`: torch's; None: they are left alone."""
         self._library = library
-        self._libc = None if library is None else ctypes.CDLL(None)
+        self._libc = ctypes.CDLL(None)
         self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
         self._rest = False
 
@@ -55,7 +55,7 @@ class Helpers:
 
     def rest(self) -> None:
         """Let them sleep until `wake`."""
-        if self._library is None or self._libc is None or self._rest:
+        if self._library is None or self._rest:
             return
         threads = self._library.omp_get_max_threads()
         self._libc.sem_init(self._semaphore, 0, 0)
@@ -67,7 +67,7 @@ class Helpers:
 
     def wake(self) -> None:
         """Let them take part again; nothing, if they do."""
-        if self._library is None or self._libc is None or not self._rest:
+        if self._library is None or not self._rest:
             return
         for _ in range(self._library.omp_get_num_threads() - 1):
             self._libc.sem_post(self._semaphore)
