@@ -113,7 +113,8 @@ def plan(
     else:
         console = Console()
         console.print(report.table(made, rows))
-        console.print(report.verdict(made), highlight=False)
+        for sentence in (report.verdict(made), *made.notes):
+            console.print(sentence, highlight=False)
         if max_step_ms is not None:
             console.print(report.budget_line(made, max_step_ms), highlight=False)
     if picture is not None:

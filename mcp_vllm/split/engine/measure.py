@@ -33,17 +33,22 @@ _PAUSE_S = 0.02
 
 @dataclass
 class _Timed:
-    """Seconds of the steps of one shape: each layer's, and the rest; whole steps that paused in
-    their middle, without the pause."""
+    """Seconds of the steps of one shape: each layer's, and the rest; each layer's of steps that
+    paused before the middle one."""
 
     layers: list[list[float]] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
-    paused: list[float] = field(default_factory=list)
+    paused: list[list[float]] = field(default_factory=list)
 
     @property
     def resume_s(self) -> float:
-        whole = [sum(layers) + rest for layers, rest in zip(self.layers, self.rest, strict=True)]
-        return typical(self.paused) - typical(whole)
+        """What the layers after a pause take more; what comes before and after them varies by as
+        much from one step to the next."""
+        paused, others = (
+            typical([sum(each[len(each) // 2 :]) for each in steps])
+            for steps in (self.paused, self.layers)
+        )
+        return paused - others
 
 
 class _Engine:
@@ -73,7 +78,6 @@ class _Engine:
         layers[len(layers) // 2].register_forward_pre_hook(self._pause)  # before its timer starts
         self._timer = LayerTimer(layers, self.device)
         self._pauses = False
-        self._paused_s = 0.0
         self._number = 0
         self.timed: dict[Work, _Timed] = defaultdict(_Timed)
 
@@ -105,20 +109,18 @@ class _Engine:
 
     def _pause(self, *_: Any) -> None:
         if self._pauses:
-            started = time.perf_counter()
             time.sleep(_PAUSE_S)
-            self._paused_s = time.perf_counter() - started
 
     def _step(self, work: Work | None, pauses: bool = False) -> None:
-        self._pauses, self._paused_s = pauses, 0.0
+        self._pauses = pauses
         started = time.perf_counter()
         outputs = self._vllm.step()
-        seconds = time.perf_counter() - started - self._paused_s
+        seconds = time.perf_counter() - started
         is_whole = work is not None and (not work.is_decode or len(outputs) == work.requests)
         if work is not None and is_whole:
             timed = self.timed[_rounded(work)]
             if pauses:
-                timed.paused.append(seconds)
+                timed.paused.append(list(self._timer.seconds))
                 return
             timed.layers.append(list(self._timer.seconds))
             timed.rest.append(max(seconds - sum(self._timer.seconds), 1e-6))

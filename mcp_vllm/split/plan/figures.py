@@ -95,16 +95,20 @@ class Figures(_Strict):
                 f"{flag}: figures of {self.model} (width {self.hidden}) do not belong to "
                 f"{shape.name} (width {shape.hidden}, {shape.num_layers} layers): measure it again"
             )
-        if shape.dtype not in self.dtypes:
-            raise FiguresError(
-                f"{flag}: {self.machine} does not compute in {shape.dtype}, only in "
-                f"{', '.join(self.dtypes)}: give another --dtype"
-            )
         if self.dtype != shape.dtype:
             raise FiguresError(
                 f"{flag}: measured in {self.dtype}, and the plan is for {shape.dtype}: "
                 "measure it again, or give another --dtype"
             )
+
+    def slow_because(self, flag: str) -> str | None:
+        """What to tell users of a machine that converts before it multiplies; None: nothing."""
+        if self.dtype in self.dtypes:
+            return None
+        return (
+            f"{flag}: {self.machine} does not compute in {self.dtype}, only in "
+            f"{', '.join(self.dtypes)}: it is slow, and another --dtype may be quicker"
+        )
 
 
 class Transfer(_Strict):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,10 +102,17 @@ def fit_machine(figures: Figures, shape: ModelShape, flag: str, as_stage: bool) 
         FiguresError: of another model, or too few samples; names `flag`.
     """
     figures.check_model(shape, flag)
-    rest = [] if as_stage and figures.kind == "engine" else figures.rest
+    first_s, layers = _without_first(figures.layers, shape)
+    resume_s, rest = figures.resume_s, figures.rest
+    if figures.kind == "stage":
+        resume_s += first_s
+    elif as_stage:
+        rest = []
+    else:
+        rest = [each.model_copy(update={"seconds": each.seconds + first_s}) for each in rest]
     rates = {}
     for is_decode in (False, True):
-        samples = [each for each in figures.layers if each.work.is_decode == is_decode]
+        samples = [each for each in layers if each.work.is_decode == is_decode]
         if len({each.work for each in samples}) < 2:
             phase = "decode" if is_decode else "prefill"
             raise FiguresError(f"{flag}: fewer than two {phase} steps were measured")
@@ -113,7 +122,7 @@ def fit_machine(figures: Figures, shape: ModelShape, flag: str, as_stage: bool) 
         rates[True],
         _fit_rest([each for each in rest if not each.work.is_decode]),
         _fit_rest([each for each in rest if each.work.is_decode]),
-        figures.resume_s,
+        resume_s,
     )
 
 
@@ -169,6 +178,34 @@ def _terms(samples: Sequence[LayerTime], shape: ModelShape) -> tuple[Array, Arra
             owner.append(number)
     seconds = np.array([each.seconds for each in samples])
     return np.array(flops), np.array(read), seconds, np.array(owner)
+
+
+def _without_first(
+    samples: Sequence[LayerTime], shape: ModelShape
+) -> tuple[float, Sequence[LayerTime]]:
+    """What the first measured layer of a decode step takes more than others of its shape, and the
+    samples without it.
+
+    It is the first after a wait, or after other work: that belongs to a step, not to a layer.
+    """
+    alone = [each for each in samples if each.end - each.first == 1]
+    first = min((each.first for each in alone), default=0)
+    likes: defaultdict[Work, list[float]] = defaultdict(list)
+    for each in alone:
+        if each.first != first and shape.layers[each.first] == shape.layers[first]:
+            likes[each.work].append(each.seconds)
+    more = [
+        each.seconds - statistics.median(likes[each.work])
+        for each in alone
+        if each.first == first and each.work.is_decode and likes[each.work]
+    ]
+    first_s = max(0.0, statistics.median(more)) if more else 0.0
+    return first_s, [
+        each.model_copy(update={"seconds": max(each.seconds - first_s, 1e-9)})
+        if each.first == first
+        else each
+        for each in samples
+    ]
 
 
 def _fit_rest(samples: Sequence[StepTime]) -> Rest:

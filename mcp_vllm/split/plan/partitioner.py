@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         model: as it was given.
         stage: HOST:PORT that was measured; None: figures came from a file.
+        notes: sentences about what makes it slow.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Plan:
     found: Found
     costs: CostModel
     stage: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> Candidate | None:
@@ -175,6 +177,8 @@ class TaskPartitioner:
         limits = Limits(
             self._local_bytes or local.memory_bytes, self._cloud_bytes or cloud.memory_bytes
         )
+        both = local.slow_because("--local"), cloud.slow_because("--cloud")
+        notes = tuple(each for each in both if each is not None)
         plans = []
         for form in FORMS if self._form == AUTO else (self._form,):
             costs = CostModel(shape, here, there, link, form)
@@ -195,6 +199,7 @@ class TaskPartitioner:
                     found,
                     costs,
                     stage,
+                    notes,
                 )
             )
         return _exactest(plans)

@@ -89,6 +89,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "load": asdict(plan.load),
         "form": plan.form,
+        "notes": list(plan.notes),
         "limits": asdict(plan.limits),
         "fits": {
             "local": asdict(plan.local),

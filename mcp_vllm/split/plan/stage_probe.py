@@ -42,8 +42,9 @@ from mcp_vllm.split.wire import (
 )
 
 _REPEAT = 8
-# Between a step and its activations, as the engine's first layers would take: the stage prepares.
-_LEAD_S = 0.005
+# Between a step and its activations: the stage prepares, and then it waits, longer than OpenMP's
+# threads spin, as it does for the engine's layers.
+_LEAD_S = 0.02
 
 
 def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Figures, LinkFigures]:

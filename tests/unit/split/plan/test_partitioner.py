@@ -62,6 +62,14 @@ def test_a_slow_link_does_not_pay_and_the_verdict_says_so(places) -> None:
     assert "does not pay" in report.verdict(plan)
 
 
+def test_a_machine_without_instructions_for_the_dtype_is_noted(places) -> None:
+    assert plan_of(places).notes == ()
+    slow = json.loads(Path(places["cloud"]).read_text()) | {"dtypes": ["bfloat16"]}
+    Path(places["cloud"]).write_text(json.dumps(slow))
+    (note,) = plan_of(places).notes
+    assert note.startswith("--cloud: made-up does not compute in float32, only in bfloat16")
+
+
 def test_the_form_is_as_exact_as_the_link_allows(places) -> None:
     assert plan_of(places, form="auto").form == "raw"
     slow = plan_of(places, LinkFit(1e-6, 1e-2), form="auto")
