@@ -1,6 +1,6 @@
 """What `mcp-vllm plan` predicts against what split engines take, over splits, links and prompts.
 
-    python benchmarks/split_plan.py [--models llama,gemma] [--json FILE]
+    python benchmarks/split_plan.py [--models llama,gemma] [--rounds 4] [--json FILE]
 
 For each model: this machine and a stage are measured as the command measures them (the stage holds
 all layers but the first and the last), each link through the stage. Then a real engine, which uses
@@ -49,7 +49,7 @@ from tests.shaped_link import ShapedLink
 
 REPOSITORY = Path(__file__).parents[1]
 BUDGET, CONTEXT = 256, 1024
-ANSWER, REPEAT, ROUNDS = 12, 1, 4
+ANSWER, REPEAT = 12, 1
 PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
 SPLITS: dict[str, list[Split]] = {
     "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
@@ -101,6 +101,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama,gemma")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each case is measured")
     parser.add_argument("--json", type=Path, help="write all cases there")
     parser.add_argument("--keep", type=Path, help="a folder: keep the figures there")
     args = parser.parse_args()
@@ -109,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models.split(","):
             model = _llama(Path(folder)) if name == "llama" else ensure_gemma()
-            rows += compare(name, model, args.keep)
+            rows += compare(name, model, args.rounds, args.keep)
             report(rows)
     if args.json:
         args.json.write_text(
@@ -122,7 +123,7 @@ def main() -> None:
         )
 
 
-def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
+def compare(name: str, model: Path, rounds: int, keep: Path | None) -> list[Row]:
     shape = read_model(str(model))
     whole = (1, shape.num_layers - 1)
     request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
@@ -137,7 +138,7 @@ def compare(name: str, model: Path, keep: Path | None) -> list[Row]:
             links[label] = fit_link(transfers)
             _keep(keep, f"{name}-link-{len(links)}", transfers)
         way.shape(0.0, None)
-        measured = _run_all(name, model, way)
+        measured = _run_all(name, model, way, rounds)
     local_figures.append(measure_here(request, shares_cores=True))
     fits = []
     for side, several in (("local", local_figures), ("cloud", stage_figures)):
@@ -227,14 +228,14 @@ def stage_at(model: Path, split: Split) -> Iterator[Way]:
         yield Way(proxy, far)
 
 
-def _run_all(name: str, model: Path, way: Way) -> dict[Case, tuple[Samples, Samples]]:
+def _run_all(name: str, model: Path, way: Way, rounds: int) -> dict[Case, tuple[Samples, Samples]]:
     """Seconds of every case, and of the whole engine beside it, in rounds: for minutes at a time a
     virtual machine may be slower."""
     samples: defaultdict[Case, tuple[Samples, Samples]]
     samples = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
     config = _config(SPLITS[name][0], way).model_dump(mode="json")
     with engine(model) as whole, engine(model, mcp_split=json.dumps(config)) as process:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for split in SPLITS[name]:
                 _tell(process, {"layers": split})
                 for label, delay_s, mbit_s in LINKS:
