@@ -1,6 +1,6 @@
 """What a layer split costs a decode step on loopback, over the whole engine on the same machine.
 
-    python benchmarks/split.py [--model PATH] [--layers 6:12] [--form raw] [--json F]
+    python benchmarks/split.py [--model PATH] [--dtype D] [--layers 6:12] [--form raw] [--json F]
 
 A whole engine, and a split one with its stage; rounds of decode steps go to them in turn (whole,
 split, split, whole, ...), so that what else changes on the machine changes for both. The stage
@@ -46,6 +46,7 @@ Steps = dict[str, dict[int, list[float]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: Gemma-3-270m")
+    parser.add_argument("--dtype", default="auto", help="float32 is quicker on some machines")
     parser.add_argument("--layers", default="6:12")
     parser.add_argument("--form", default="raw", choices=("raw", "packed", "fold", "fp8"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -82,8 +83,8 @@ def measure_start(model: str, args: argparse.Namespace, logs: Path, console: Con
         }
         with console.status("starting two engines"):
             engines = {
-                "whole": stack.enter_context(engine(model, None, logs / "whole.log")),
-                "split": stack.enter_context(engine(model, split, logs / "split.log")),
+                "whole": stack.enter_context(engine(args, model, None, logs / "whole.log")),
+                "split": stack.enter_context(engine(args, model, split, logs / "split.log")),
             }
         return measure(engines, args)
 
@@ -94,7 +95,7 @@ def stage(model: str, args: argparse.Namespace, logs: Path) -> Iterator[str]:
     command = [
         sys.executable, "-m", "mcp_vllm.cli.main", "stage", model, "--layers", args.layers,
         "--listen", address, "--http", f"127.0.0.1:{http_port}", "--kv-bytes", "512MiB",
-        "--", "--max-model-len", str(MODEL_LEN),
+        "--", "--max-model-len", str(MODEL_LEN), "--dtype", args.dtype,
     ]  # fmt: skip
     log = logs / "stage.log"
     with Server("stage", command, http_port, log, default_environment(), "/healthz") as server:
@@ -104,11 +105,12 @@ def stage(model: str, args: argparse.Namespace, logs: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def engine(
-    model: str, split: dict[str, object] | None, log: Path
+    args: argparse.Namespace, model: str, split: dict[str, object] | None, log: Path
 ) -> Iterator[subprocess.Popen[str]]:
     """This program again as an engine, which runs rounds on request; ready when this returns."""
     settings = {
         "model": model,
+        "dtype": args.dtype,
         "enforce_eager": True,
         "max_model_len": MODEL_LEN,
         "max_num_seqs": 64,

@@ -1,6 +1,6 @@
 """What `mcp-vllm plan` predicts against what split engines take, over splits, links and prompts.
 
-    python benchmarks/split_plan.py [--models llama,gemma] [--rounds 4] [--json FILE]
+    python benchmarks/split_plan.py [--models llama,gemma] [--dtype D] [--rounds 4] [--json FILE]
 
 For each model: this machine and a stage are measured as the command measures them (the stage holds
 all layers but the first and the last), each link through the stage. Then a real engine, which uses
@@ -101,6 +101,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama,gemma")
+    parser.add_argument("--dtype", help="default: the model's; float32 is quicker on some machines")
     parser.add_argument("--rounds", type=int, default=4, help="how often each case is measured")
     parser.add_argument("--json", type=Path, help="write all cases there")
     parser.add_argument("--keep", type=Path, help="a folder: keep the figures there")
@@ -110,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models.split(","):
             model = _llama(Path(folder)) if name == "llama" else ensure_gemma()
-            rows += compare(name, model, args.rounds, args.keep)
+            rows += compare(name, model, args)
             report(rows)
     if args.json:
         args.json.write_text(
@@ -123,14 +124,15 @@ def main() -> None:
         )
 
 
-def compare(name: str, model: Path, rounds: int, keep: Path | None) -> list[Row]:
-    shape = read_model(str(model))
+def compare(name: str, model: Path, args: argparse.Namespace) -> list[Row]:
+    keep: Path | None = args.keep
+    shape = read_model(str(model), args.dtype)
     whole = (1, shape.num_layers - 1)
     request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
     local_figures = [measure_here(request, shares_cores=True)]
     stage_figures: list[Figures] = []
     links: dict[str, LinkFit] = {}
-    with stage_at(model, whole) as way:
+    with stage_at(model, whole, shape.dtype) as way:
         for label, delay_s, mbit_s in LINKS:
             way.shape(delay_s, mbit_s)
             figures, transfers = probe_stage(_config(whole, way), shape, LONGEST)
@@ -138,7 +140,7 @@ def compare(name: str, model: Path, rounds: int, keep: Path | None) -> list[Row]
             links[label] = fit_link(transfers)
             _keep(keep, f"{name}-link-{len(links)}", transfers)
         way.shape(0.0, None)
-        measured = _run_all(name, model, way, rounds)
+        measured = _run_all(name, model, way, shape.dtype, args.rounds)
     local_figures.append(measure_here(request, shares_cores=True))
     fits = []
     for side, several in (("local", local_figures), ("cloud", stage_figures)):
@@ -209,7 +211,7 @@ class Way:
 
 
 @contextmanager
-def stage_at(model: Path, split: Split) -> Iterator[Way]:
+def stage_at(model: Path, split: Split, dtype: str) -> Iterator[Way]:
     with ExitStack() as stack:
         try:
             far = stack.enter_context(far_place())
@@ -217,7 +219,7 @@ def stage_at(model: Path, split: Split) -> Iterator[Way]:
         except NoNetwork as reason:
             print(f"bandwidth bounded by a proxy, not by the kernel: {reason}")
             far, place = None, {}
-        limits = ("--max-model-len", str(CONTEXT))
+        limits = ("--max-model-len", str(CONTEXT), "--dtype", dtype)
         layers = f"{split[0]}:{split[1]}"
         options = ("--leases", "2", "--config", '{"insecure": true}', "--kv-bytes", "2GiB")
         stage = stack.enter_context(
@@ -228,13 +230,16 @@ def stage_at(model: Path, split: Split) -> Iterator[Way]:
         yield Way(proxy, far)
 
 
-def _run_all(name: str, model: Path, way: Way, rounds: int) -> dict[Case, tuple[Samples, Samples]]:
+def _run_all(
+    name: str, model: Path, way: Way, dtype: str, rounds: int
+) -> dict[Case, tuple[Samples, Samples]]:
     """Seconds of every case, and of the whole engine beside it, in rounds: for minutes at a time a
     virtual machine may be slower."""
     samples: defaultdict[Case, tuple[Samples, Samples]]
     samples = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
     config = _config(SPLITS[name][0], way).model_dump(mode="json")
-    with engine(model) as whole, engine(model, mcp_split=json.dumps(config)) as process:
+    split_too = {"mcp_split": json.dumps(config), "dtype": dtype}
+    with engine(model, dtype=dtype) as whole, engine(model, **split_too) as process:
         for _ in range(rounds):
             for split in SPLITS[name]:
                 _tell(process, {"layers": split})
