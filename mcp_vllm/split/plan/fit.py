@@ -24,6 +24,7 @@ from mcp_vllm.split.plan.shape import LayerShape, ModelShape, Work
 
 Array = npt.NDArray[np.float64]
 _MAX_TURNS = 64
+_BURSTS = 65  # sizes of a burst that are tried
 _ROUNDS = 12
 _CLOSE = 0.02  # relative errors below this are as good as none
 
@@ -82,14 +83,16 @@ class MachineFit:
 
 @dataclass(frozen=True)
 class LinkFit:
-    """`rtt_s` a step, and seconds a byte of both directions together."""
+    """`rtt_s` a step, and seconds a byte of both directions together; the first `burst_bytes` of a
+    step take no time, as where a token bucket bounds the bandwidth."""
 
     rtt_s: float
     byte_s: float
     error: float = 0.0
+    burst_bytes: float = 0.0
 
     def time_s(self, num_bytes: float) -> float:
-        return self.rtt_s + num_bytes * self.byte_s
+        return self.rtt_s + max(0.0, num_bytes - self.burst_bytes) * self.byte_s
 
 
 def fit_machine(figures: Figures, shape: ModelShape, flag: str, as_stage: bool) -> MachineFit:
@@ -159,13 +162,17 @@ def fit_rates(samples: Sequence[LayerTime], shape: ModelShape) -> Rates:
 
 
 def fit_link(figures: LinkFigures) -> LinkFit:
-    """RTT and bandwidth from transfers of different sizes."""
+    """RTT, bandwidth and burst from transfers of different sizes, half of them above the burst."""
     size = np.array([each.bytes for each in figures.transfers], float)
     seconds = np.array([max(each.seconds, 1e-7) for each in figures.transfers])
-    columns = np.stack([np.ones_like(size), size], axis=1)
-    rtt_s, byte_s = _least_squares(columns, seconds)
-    error = float(np.median(np.abs(columns @ [rtt_s, byte_s] / seconds - 1)))
-    return LinkFit(rtt_s, byte_s, error)
+    candidates: list[tuple[float, LinkFit]] = []
+    for burst in np.linspace(0, np.median(size), _BURSTS):
+        columns = np.stack([np.ones_like(size), np.maximum(size - burst, 0)], axis=1)
+        rtt_s, byte_s = _least_squares(columns, seconds)
+        errors = np.abs(columns @ [rtt_s, byte_s] / seconds - 1)
+        fit = LinkFit(rtt_s, byte_s, float(np.median(errors)), float(burst))
+        candidates.append((float(np.mean(errors)), fit))
+    return min(candidates, key=lambda each: each[0])[1]
 
 
 def _terms(samples: Sequence[LayerTime], shape: ModelShape) -> tuple[Array, Array, Array, Array]:
