@@ -171,7 +171,8 @@ def fit_link(figures: LinkFigures) -> LinkFit:
         rtt_s, byte_s = _least_squares(columns, seconds)
         errors = np.abs(columns @ [rtt_s, byte_s] / seconds - 1)
         fit = LinkFit(rtt_s, byte_s, float(np.median(errors)), float(burst))
-        candidates.append((float(np.mean(errors)), fit))
+        # Below the smallest size no burst can be told from another: of equals the first.
+        candidates.append((round(float(np.mean(errors)), 4), fit))
     return min(candidates, key=lambda each: each[0])[1]
 
 
