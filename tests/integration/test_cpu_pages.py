@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-import vllm._C  # noqa: F401  registers the operator
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from mcp_vllm.codec.values import gather
 from mcp_vllm.link.protocol import GroupLayout, PageLayout
 from mcp_vllm.vllm_plugin.layout import _ARRANGEMENTS, cpu_arrangement
+
+current_platform.import_kernels()  # those of this CPU
 
 TOKENS, HEADS, DIM = 64, 2, 64
 
