@@ -72,6 +72,16 @@ def default_environment() -> dict[str, str]:
     return dict(_CPU_ENVIRONMENT) if is_cpu_build() else {}
 
 
+def quick_dtype_args(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """`--dtype float32` where bfloat16 would be converted before each product: vLLM's CPU build on
+    an x86 processor without AVX-512, where a prefill in bfloat16 takes seven times as long."""
+    try:
+        flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return ()
+    return ("--dtype", "float32") if is_cpu_build() and "avx512bw" not in flags.split() else ()
+
+
 class Server:
     """One HTTP server process, from its start to the end of its last descendant.
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mcp_vllm.demo.ask import Answer, ask
 from mcp_vllm.demo.document import QUESTIONS, research_ship_manual
+from mcp_vllm.demo.engines import quick_dtype_args
 from mcp_vllm.demo.pair import SHARED_CORES, START_DEADLINE_S, Host, Pair
 from mcp_vllm.demo.quiet import wait_until_quiet
 
@@ -85,7 +86,7 @@ def run_demo(model: str | None, output: Path, max_tokens: int) -> DemoResult:
     started_s = time.monotonic()
     with Pair(output / "logs", SHARED_CORES) as pair:
         with console.status("starting engines A and B (half a minute on two idle cores)"):
-            pair.start_engines(path)
+            pair.start_engines(path, quick_dtype_args())
         console.print(f"engines A and B are ready after {time.monotonic() - started_s:.0f} s")
         return _Story(pair, path, max_tokens).run()
 
@@ -184,7 +185,7 @@ class _Story:
         assert host.engine is not None
         host.engine.stop()
         with console.status("restarting engine B; its agent stays"):
-            engine = host.start_engine(self._model)
+            engine = host.start_engine(self._model, quick_dtype_args())
             engine.wait_ready(START_DEADLINE_S)
         self._warm_up(host)
         return self._ask(host, SESSION)

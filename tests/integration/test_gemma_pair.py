@@ -12,6 +12,7 @@ import pytest
 from mcp_vllm import MCPClient
 from mcp_vllm.demo.ask import client_of
 from mcp_vllm.demo.document import research_ship_manual
+from mcp_vllm.demo.engines import quick_dtype_args
 from mcp_vllm.demo.pair import START_DEADLINE_S
 from mcp_vllm.demo.weights import ensure_gemma
 from tests.integration.conftest import start_pair
@@ -39,7 +40,7 @@ NUM_CHARS = 6000  # about 1,400 of Gemma's tokens
 
 @pytest.fixture(scope="module")
 def pair(log_folder):
-    yield from start_pair(ensure_gemma(progress=False), log_folder)
+    yield from start_pair(ensure_gemma(progress=False), log_folder, quick_dtype_args())
 
 
 def test_imported_pages_and_tokens_equal_the_sources(pair):
