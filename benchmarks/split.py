@@ -83,8 +83,8 @@ def measure_start(model: str, args: argparse.Namespace, logs: Path, console: Con
         }
         with console.status("starting two engines"):
             engines = {
-                "whole": stack.enter_context(engine(args, model, None, logs / "whole.log")),
-                "split": stack.enter_context(engine(args, model, split, logs / "split.log")),
+                "whole": stack.enter_context(engine(model, args, None, logs / "whole.log")),
+                "split": stack.enter_context(engine(model, args, split, logs / "split.log")),
             }
         return measure(engines, args)
 
@@ -105,7 +105,7 @@ def stage(model: str, args: argparse.Namespace, logs: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def engine(
-    args: argparse.Namespace, model: str, split: dict[str, object] | None, log: Path
+    model: str, args: argparse.Namespace, split: dict[str, object] | None, log: Path
 ) -> Iterator[subprocess.Popen[str]]:
     """This program again as an engine, which runs rounds on request; ready when this returns."""
     settings = {

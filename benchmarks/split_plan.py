@@ -125,7 +125,6 @@ def main() -> None:
 
 
 def compare(name: str, model: Path, args: argparse.Namespace) -> list[Row]:
-    keep: Path | None = args.keep
     shape = read_model(str(model), args.dtype)
     whole = (1, shape.num_layers - 1)
     request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
@@ -138,14 +137,14 @@ def compare(name: str, model: Path, args: argparse.Namespace) -> list[Row]:
             figures, transfers = probe_stage(_config(whole, way), shape, LONGEST)
             stage_figures.append(figures)
             links[label] = fit_link(transfers)
-            _keep(keep, f"{name}-link-{len(links)}", transfers)
+            _keep(args.keep, f"{name}-link-{len(links)}", transfers)
         way.shape(0.0, None)
         measured = _run_all(name, model, way, shape.dtype, args.rounds)
     local_figures.append(measure_here(request, shares_cores=True))
     fits = []
     for side, several in (("local", local_figures), ("cloud", stage_figures)):
         figures = _joined(several)
-        _keep(keep, f"{name}-{side}", figures)
+        _keep(args.keep, f"{name}-{side}", figures)
         fits.append(fit_machine(figures, shape, f"--{side}", as_stage=side == "cloud"))
     local, cloud = fits
     print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
@@ -238,8 +237,8 @@ def _run_all(
     samples: defaultdict[Case, tuple[Samples, Samples]]
     samples = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
     config = _config(SPLITS[name][0], way).model_dump(mode="json")
-    split_too = {"mcp_split": json.dumps(config), "dtype": dtype}
-    with engine(model, dtype=dtype) as whole, engine(model, **split_too) as process:
+    is_split = {"mcp_split": json.dumps(config)}
+    with engine(model, dtype) as whole, engine(model, dtype, **is_split) as process:
         for _ in range(rounds):
             for split in SPLITS[name]:
                 _tell(process, {"layers": split})
@@ -260,9 +259,10 @@ def _ask(process: subprocess.Popen[str], case: Case, samples: Samples) -> None:
 
 
 @contextmanager
-def engine(model: Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
+def engine(model: Path, dtype: str, **more: Any) -> Iterator[subprocess.Popen[str]]:
     arguments = {
         "model": str(model),
+        "dtype": dtype,
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "max_model_len": CONTEXT,

@@ -21,14 +21,12 @@ import torch
 
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
-from mcp_vllm.split.plan.figures import Figures, LayerTime, StepTime, typical
+from mcp_vllm.split.plan.figures import WAIT_S, Figures, LayerTime, StepTime, typical
 from mcp_vllm.split.plan.request import MeasureRequest
 from mcp_vllm.split.plan.shape import Work
 
 _DECODE_STEPS = 12
 _KV_BYTES = 1 << 30
-# Where the middle layers of a split would be: longer than OpenMP's threads spin.
-_PAUSE_S = 0.02
 
 
 @dataclass
@@ -109,7 +107,7 @@ class _Engine:
 
     def _pause(self, *_: Any) -> None:
         if self._pauses:
-            time.sleep(_PAUSE_S)
+            time.sleep(WAIT_S)  # where the middle layers of a split would be
 
     def _step(self, work: Work | None, pauses: bool = False) -> None:
         self._pauses = pauses
@@ -119,11 +117,12 @@ class _Engine:
         is_whole = work is not None and (not work.is_decode or len(outputs) == work.requests)
         if work is not None and is_whole:
             timed = self.timed[_rounded(work)]
+            layers = list(self._timer.seconds)
             if pauses:
-                timed.paused.append(list(self._timer.seconds))
+                timed.paused.append(layers)
                 return
-            timed.layers.append(list(self._timer.seconds))
-            timed.rest.append(max(seconds - sum(self._timer.seconds), 1e-6))
+            timed.layers.append(layers)
+            timed.rest.append(max(seconds - sum(layers), 1e-6))
 
 
 def measure(request: MeasureRequest) -> Figures:

@@ -18,6 +18,8 @@ from mcp_vllm.split.plan.shape import Dtype, ModelShape, Work
 
 _MAX_FILE_BYTES = 16 << 20
 _MAX_SAMPLES = 20_000
+# How long a measured step waits, as one of a split does: longer than OpenMP's threads spin.
+WAIT_S = 0.02
 Seconds = Annotated[float, Field(gt=0, lt=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Name = Annotated[str, Field(max_length=200)]

@@ -21,6 +21,7 @@ from mcp_vllm.split.errors import SplitError
 from mcp_vllm.split.link import Link, Stages
 from mcp_vllm.split.plan.cost import Load
 from mcp_vllm.split.plan.figures import (
+    WAIT_S,
     Figures,
     LayerTime,
     LinkFigures,
@@ -42,9 +43,6 @@ from mcp_vllm.split.wire import (
 )
 
 _REPEAT = 8
-# Between a step and its activations: the stage prepares, and then it waits, longer than OpenMP's
-# threads spin, as it does for the engine's layers.
-_LEAD_S = 0.02
 
 
 def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Figures, LinkFigures]:
@@ -163,7 +161,7 @@ class _Probe:
         started = time.perf_counter()
         link.begin(self._number, self._send)
         beginning = time.perf_counter() - started
-        time.sleep(_LEAD_S)
+        time.sleep(WAIT_S)  # the stage prepares, and waits as for the engine's layers
         started = time.perf_counter()
         payload = link.form.encode(Activations(rows, residual))
         order = Acts([alias for alias, _ in self._send.scheduled])

@@ -72,7 +72,7 @@ def test_an_engine_s_own_work_is_not_a_stage_s() -> None:
 
 def test_a_link_is_found_from_its_transfers() -> None:
     true = LinkFit(0.02, 8 / 100e6)
-    fitted = fit_link(transfers_over(true))
+    fitted = fit_link(transfers_over(true, 2_000, 60_000, 1_300_000))
     assert fitted.rtt_s == pytest.approx(true.rtt_s, rel=1e-3)
     assert fitted.byte_s == pytest.approx(true.byte_s, rel=1e-3)
     assert fitted.burst_bytes == 0
@@ -80,14 +80,14 @@ def test_a_link_is_found_from_its_transfers() -> None:
 
 def test_a_burst_that_passes_at_once_is_no_part_of_the_round_trip() -> None:
     true = LinkFit(0.0015, 8 / 100e6, burst_bytes=11_000)
-    fitted = fit_link(transfers_over(true))
+    sizes = (8_000, 16_000, 33_000, 131_000, 524_000, 1_300_000)
+    fitted = fit_link(transfers_over(true, *sizes))
     assert fitted.rtt_s == pytest.approx(true.rtt_s, rel=0.05)
     for num_bytes in (5_000, 50_000, 3_000_000):
         assert fitted.time_s(num_bytes) == pytest.approx(true.time_s(num_bytes), rel=0.05)
 
 
-def transfers_over(link: LinkFit) -> LinkFigures:
-    sizes = (8_000, 16_000, 33_000, 131_000, 524_000, 1_300_000)
+def transfers_over(link: LinkFit, *sizes: int) -> LinkFigures:
     return LinkFigures(transfers=[Transfer(bytes=n, seconds=link.time_s(n)) for n in sizes])
 
 
