@@ -1,27 +1,27 @@
 """Engines of the demo compute in what the processor has instructions for."""
 
-import platform
-
-import llvmlite.binding
 import pytest
 
 from mcp_vllm.demo import engines
 
 
 @pytest.mark.parametrize(
-    ("machine", "features", "is_cpu", "expected"),
+    ("cpuinfo", "is_cpu", "expected"),
     [
-        ("x86_64", {"avx2": True, "avx512bw": False}, True, ("--dtype", "float32")),
-        ("x86_64", {"avx2": True}, True, ("--dtype", "float32")),
-        ("x86_64", {"avx2": True, "avx512bw": False}, False, ()),
-        ("x86_64", {"avx2": True, "avx512bw": True}, True, ()),
-        ("aarch64", {"bf16": True}, True, ()),
+        ("processor: 0\nflags\t\t: fpu avx2 fma\n", True, ("--dtype", "float32")),
+        ("processor: 0\nflags\t\t: fpu avx2 fma\n", False, ()),
+        ("flags : avx2 avx512f avx512bw avx512vl\n", True, ()),
+        ("Features : fp asimd bf16\n", True, ()),
     ],
 )
 def test_float32_where_products_in_bfloat16_would_be_converted(
-    monkeypatch, machine, features, is_cpu, expected
+    tmp_path, monkeypatch, cpuinfo, is_cpu, expected
 ) -> None:
     monkeypatch.setattr(engines, "is_cpu_build", lambda: is_cpu)
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
-    assert engines.quick_dtype_args() == expected
+    path = tmp_path / "cpuinfo"
+    path.write_text(cpuinfo)
+    assert engines.quick_dtype_args(path) == expected
+
+
+def test_systems_without_such_a_file_keep_the_model_s_dtype(tmp_path) -> None:
+    assert engines.quick_dtype_args(tmp_path / "none") == ()
