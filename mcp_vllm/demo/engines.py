@@ -75,7 +75,7 @@ def default_environment() -> dict[str, str]:
 def quick_dtype_args(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """`--dtype float32` where bfloat16 would be converted before each product: vLLM's CPU build on
     an x86 processor without AVX-512, where a prefill in bfloat16 takes seven times as long."""
-    # Not from llvmlite, as the codecs ask: vLLM's CPU worker falls over it where it is loaded first.
+    # Not from llvmlite, as the codecs ask: loaded first, it breaks vLLM's CPU worker.
     try:
         flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
