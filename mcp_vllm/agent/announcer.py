@@ -111,7 +111,8 @@ class Announcer:
                 if place is None or not self._reaches(place):
                     self._flush()
                     place = self.seq
-                    for message in self._snapshot():
+                    about = directory_wire.pack(self._about())
+                    for message in self._snapshot(about):
                         yield message
                 known, about = about, directory_wire.pack(self._about())
                 if about != known:
@@ -220,13 +221,17 @@ class Announcer:
         for each in self._followers:
             each.set()
 
-    def _snapshot(self) -> Iterator[bytes]:
-        """Start to Whole; the sets are frozen before the first message is asked for."""
+    def _snapshot(self, about: bytes) -> Iterator[bytes]:
+        """Start to Whole; the sets are frozen before the first message is asked for.
+
+        `about` comes before the chunks: without it a follower could not say how to have them.
+        """
         seq = self.seq
         self._chunks = {name: each for name, each in self._chunks.items() if not each.is_empty()}
         frozen = {namespace: chunks.snapshot() for namespace, chunks in self._chunks.items()}
         sessions = list(self._sessions.items())
         yield directory_wire.pack(Start(self._context.agent_id, seq, False))
+        yield about
         for namespace, (hashes, ranks) in frozen.items():
             for first in range(0, len(hashes), MAX_HASHES):
                 end = first + MAX_HASHES

@@ -193,7 +193,7 @@ def test_a_restarted_engine_is_warm_from_its_agent(pair):
     wait_until_stored(pair, "B")
     reference = complete(b, prompt, 64, params=NO_IMPORT)
     pair["B"].engine.stop()
-    engine = pair["B"].start_engine(ensure_gemma(progress=False))
+    engine = pair["B"].start_engine(ensure_gemma(progress=False), quick_dtype_args())
     engine.wait_ready(START_DEADLINE_S)
     warm = complete(engine.base_url, prompt, 64)
     assert warm.params["imported_from"] == ["agent"]
