@@ -5,7 +5,9 @@
 A whole engine, and a split one with its stage; rounds of decode steps go to them in turn (whole,
 split, split, whole, ...), so that what else changes on the machine changes for both. The stage
 computes while the engine waits, so on one machine the two should take as long as the whole engine:
-what is more is serialisation, loopback and waking up. The other engine is idle meanwhile.
+what is more is serialisation, loopback and waking up. The other engine is idle meanwhile. Two
+overheads are given: of whole steps, and of the layers: from the first one's start to the last one's
+end, with the stage's and the way there and back in between, over the whole engine's layers.
 
 How fast a process computes depends on where its memory came to lie: the same engine, started again,
 may be a fifth slower for as long as it lives. So all of them are started anew a few times; figures
@@ -150,28 +152,54 @@ def serve_rounds(settings: dict[str, object]) -> None:
 
     mcp_vllm.vllm_plugin.register()
     llm = LLM(**settings)
+    layers = Layers(llm.llm_engine)
     print("ready", file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
-        batch, steps = json.loads(line)
-        print(json.dumps(decode(llm.llm_engine, number, batch, steps)), file=answers, flush=True)
+        times = decode(llm.llm_engine, layers, number, *json.loads(line))
+        print(json.dumps(times), file=answers, flush=True)
 
 
-def decode(engine, number: int, batch: int, steps: int) -> list[list[float]]:
-    """Milliseconds of each decode step of `batch` requests that run together: all of it, and of
-    that, if it is split, the stage's layers and the way there and back."""
+class Layers:
+    """Of an engine in this process.
+
+    Attributes:
+        seconds: from the first one's start to the last one's end, in the last step.
+    """
+
+    def __init__(self, engine) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+        model = executor_of(engine).driver_worker.worker.model_runner.model
+        (layers,) = (each.layers for each in model.modules() if hasattr(each, "start_layer"))
+        layers[0].register_forward_pre_hook(self._start)
+        layers[-1].register_forward_hook(self._end)
+
+    def _start(self, *_) -> None:
+        self._started = time.perf_counter()
+
+    def _end(self, *_) -> None:
+        self.seconds = time.perf_counter() - self._started
+
+
+def executor_of(engine):
+    return engine.engine_core.engine_core.model_executor
+
+
+def decode(engine, layers: Layers, number: int, batch: int, steps: int) -> list[list[float]]:
+    """Milliseconds of each decode step of `batch` requests that run together: all of it, of that its
+    layers, and of these, if it is split, the stage's and the way there and back."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=steps + SKIPPED + 1, ignore_eos=True)
     for index in range(batch):
         prompt = [1000 + (number * 131 + index * 17 + i * 7) % 4000 for i in range(CONTEXT)]
         engine.add_request(f"{number}-{index}", {"prompt_token_ids": prompt}, params)
-    executor = engine.engine_core.engine_core.model_executor
     times = []
     while engine.has_unfinished_requests():
         started = time.perf_counter()
         engine.step()
-        parts = [time.perf_counter() - started]
-        if (split := getattr(executor, "last_step", None)) is not None:
+        parts = [time.perf_counter() - started, layers.seconds]
+        if (split := getattr(executor_of(engine), "last_step", None)) is not None:
             parts += [split.stage, split.link]
         times.append([round(each * 1000, 3) for each in parts])
     return times[1 + SKIPPED :]
@@ -190,7 +218,7 @@ def measure(engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace)
                     measured = json.loads(process.stdout.readline())
                     if number:
                         for part, values in zip(
-                            (name, "  its stage", "  its way"),
+                            (name, f"  layers, {name}", "  its stage", "  its way"),
                             zip(*measured, strict=True),
                             strict=False,
                         ):
@@ -212,17 +240,18 @@ def report(console: Console, starts: list[Steps], args: argparse.Namespace) -> N
             table.add_row(str(batch), name, *(f"{cuts[p - 1]:.2f}" for p in (10, 50, 90, 99)))
     console.print(table)
     for batch in args.batches:
-        medians = [
-            (statistics.median(start["whole"][batch]), statistics.median(start["split"][batch]))
-            for start in starts
-        ]
-        ratio = statistics.median(split / whole for whole, split in medians)
-        overheads = [split - whole for whole, split in medians]
-        console.print(
-            f"batch {batch}: split / whole {ratio:.3f}, overhead "
-            f"{statistics.median(overheads):.1f} ms: medians of the starts' "
-            f"({', '.join(f'{each:.1f}' for each in overheads)})"
-        )
+        for what, name in (("steps", "{}"), ("layers", "  layers, {}")):
+            whole, split = (
+                [statistics.median(start[name.format(engine)][batch]) for start in starts]
+                for engine in ("whole", "split")
+            )
+            ratios = [theirs / ours for ours, theirs in zip(whole, split, strict=True)]
+            overheads = [theirs - ours for ours, theirs in zip(whole, split, strict=True)]
+            console.print(
+                f"batch {batch}, {what}: split / whole {statistics.median(ratios):.3f}, overhead "
+                f"{statistics.median(overheads):.1f} ms: medians of the starts' "
+                f"({', '.join(f'{each:.1f}' for each in overheads)})"
+            )
     console.print(one_line())
 
 

@@ -1,6 +1,7 @@
 """One connection's messages: framing over a socket, heartbeats, and silence as an error.
 
-Engine and stage both use it. `send` may be called from several threads; `receive` from one.
+Engine and stage both use it. `send` may be called from several threads; `receive` and `poll` from
+one at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from mcp_vllm.split.errors import StageLost, StageTimeout, WireError
 from mcp_vllm.split.wire import HEADER, Kind
 
 BUFFER_BYTES = 4 << 20
+# Received at once: the messages of a decode step are smaller, and each call takes its time.
+_AHEAD_BYTES = 32 << 10
 _TLS_BYTES = 128 << 10
 # A peer that vanished without a word is noticed after IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -61,6 +64,10 @@ class Channel:
         self._socket = connected
         self._lock = threading.Lock()
         self._sends_parts = not isinstance(connected, ssl.SSLSocket)
+        self._readable = select.poll()
+        self._readable.register(connected, select.POLLIN)
+        self._buffer = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead = self._buffer[:0]
         self.max_metadata = wire.MAX_HELLO_BYTES
         self.max_payload = 0
         self.max_kv_payload = 0
@@ -102,7 +109,7 @@ class Channel:
         while True:
             first = bytearray(1)
             try:
-                count = self._receive_some(memoryview(first), 0)
+                count = self._fill(memoryview(first), 0)
             except (OSError, ValueError) as error:
                 raise StageLost(_reason(error)) from error
             if count is None:
@@ -145,7 +152,8 @@ class Channel:
         return Message(parsed.kind, parsed.step, metadata, payload)
 
     def _send_all(self, parts: list[memoryview], silence_s: float | None) -> None:
-        self._socket.settimeout(silence_s)
+        if self._socket.gettimeout() != silence_s:
+            self._socket.settimeout(silence_s)
         if not self._sends_parts:
             # A deadline is for one call, however much it has to send.
             for part in parts:
@@ -167,7 +175,7 @@ class Channel:
         last_byte = last_ping = time.monotonic()
         while view:
             try:
-                count = self._receive_some(view, _shortest(patience))
+                count = self._fill(view, _shortest(patience))
             except (OSError, ValueError) as error:  # ValueError: closed by another thread
                 raise StageLost(_reason(error)) from error
             now = time.monotonic()
@@ -184,17 +192,34 @@ class Channel:
                 last_ping = now
         return buffer
 
+    def _fill(self, view: memoryview, timeout_s: float | None) -> int | None:
+        """Bytes put into `view`, 0 at the end of the connection; None: none in time.
+
+        What is received beyond them waits for the next call.
+        """
+        if not self._ahead:
+            if view.nbytes >= _AHEAD_BYTES:
+                return self._receive_some(view, timeout_s)
+            count = self._receive_some(self._buffer, timeout_s)
+            if not count:
+                return count
+            self._ahead = self._buffer[:count]
+        count = min(view.nbytes, self._ahead.nbytes)
+        view[:count] = self._ahead[:count]
+        self._ahead = self._ahead[count:]
+        return count
+
     def _receive_some(self, view: memoryview, timeout_s: float | None) -> int | None:
-        """Bytes received into `view`, 0 at the end of the connection; None: none in time."""
+        """Bytes received into `view`, 0 at the end of the connection; None: none in time.
+
+        Waits by itself: the socket's timeout is that of `send`, which another thread may be in.
+        """
+        wait_ms = None if timeout_s is None else timeout_s * 1000
         if self._sends_parts:
-            self._socket.settimeout(timeout_s)
-            try:
-                return self._socket.recv_into(view)
-            except (TimeoutError, BlockingIOError):
-                return None
+            return self._socket.recv_into(view) if self._readable.poll(wait_ms) else None
         # OpenSSL's connections are not for two threads at once: wait outside the lock, read inside.
         assert isinstance(self._socket, ssl.SSLSocket)
-        if not self._socket.pending() and not select.select([self._socket], [], [], timeout_s)[0]:
+        if not self._socket.pending() and not self._readable.poll(wait_ms):
             return None
         with self._lock:
             self._socket.settimeout(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -76,12 +76,19 @@ class Link:
             raise StageLost(_unasked(unasked))
         self.channel.send(Kind.STEP, step, step=number, patience=self.patience)
 
-    def run(self, number: int, order: list[int], activations: Activations) -> Answer:
+    def run(
+        self,
+        number: int,
+        order: list[int],
+        activations: Activations,
+        arrived: Callable[[], None] = lambda: None,
+    ) -> Answer:
         """The stage's layers over the rows of step `number`, which has begun.
 
         Args:
             order: the aliases in the order of their rows.
             activations: [tokens, width] each.
+            arrived: called when the answer is there, and still has to be decoded.
 
         Raises:
             StageLost: whatever prevents an answer.
@@ -90,6 +97,7 @@ class Link:
         self.channel.send(Kind.ACTS, Acts(order), payload, number, self.patience)
         try:
             reply = self._receive(Kind.REPLY, number, self.patience)
+            arrived()
             hidden = activations.hidden
             times = wire.decode(StepSeconds, reply.metadata)
             rows = self.form.decode(reply.payload, hidden.shape[0], hidden.device)

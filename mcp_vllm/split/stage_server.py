@@ -1,16 +1,15 @@
 """A stage's side of the protocol: connections, refusals, and one lease for each engine.
 
-Two threads a connection. The reader owns receiving: it answers pings at once, also while layers
-compute or load, and hands the rest on. The lease's thread does the work, one message after the
-other. What the layers are is the backend's business; whatever goes wrong in one lease ends that
-lease with one Error message, and touches no other.
+Two threads a connection. The lease's thread receives and does the work, one message after the
+other; the other one answers pings while layers compute or load. What the layers are is the
+backend's business; whatever goes wrong in one lease ends that lease with one Error message, and
+touches no other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from mcp_vllm.split.access import Access, AccessDenied
 from mcp_vllm.split.activations import DTYPES, FORMS, Activations, Form
 from mcp_vllm.split.channel import Channel, Message, Patience, expect, tune
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused, WireError
+from mcp_vllm.split.inbox import Inbox
 from mcp_vllm.split.memory import is_out_of_memory
 from mcp_vllm.split.wire import (
     Acts,
@@ -43,11 +43,15 @@ from mcp_vllm.telemetry.stage_metrics import StageMetrics
 logger = logging.getLogger(__name__)
 
 HELLO_S = 10.0
-QUEUED_MESSAGES = 4
+# So often the other thread looks for what has come while layers compute.
+LOOK_S = 0.05
 # Connections that have not said Hello yet; more wait in the kernel's queue.
 MAX_STRANGERS = 32
 
 Rows = tuple[list[int], Activations]
+# Waits for the order of a step's rows and the rows. What it is given it calls when they are there
+# and still have to be decoded.
+Take = Callable[[Callable[[], None]], Rows]
 
 
 class Lease(Protocol):
@@ -60,8 +64,8 @@ class Lease(Protocol):
 
         Raises StageRefused: too many, or not what these layers have."""
 
-    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
-        """Run a step; `take` waits for the order of the rows and the rows. Raises StageRefused."""
+    def run(self, step: Step, take: Take) -> Activations:
+        """Run a step. Raises StageRefused."""
 
     def settle(self, step: Step) -> None:
         """Take note of a step in which nothing runs. Raises StageRefused."""
@@ -140,7 +144,7 @@ class StageServer:
             channel.close()
 
     def _greet(self, connected: socket.socket, peer: str) -> None:
-        """Until Hello is accepted or refused; then the connection's reader."""
+        """Until Hello is accepted or refused; then look after the connection."""
         try:
             try:
                 connected.settimeout(HELLO_S)
@@ -171,25 +175,18 @@ class StageServer:
         return hello
 
     def _read(self, channel: Channel, hello: Hello, peer: str) -> None:
-        """Receive until the connection ends, and hand on to the lease's thread."""
+        """Let the lease's thread work until the connection ends, and look after it meanwhile."""
         self._channels.add(channel)
-        inbox: queue.Queue[Message | SplitError] = queue.Queue(QUEUED_MESSAGES)
+        inbox = Inbox(channel)
         worker = _LeaseThread(self._backend, hello, channel, inbox, self._metrics)
         channel.max_metadata = wire.MAX_METADATA_BYTES
         thread = threading.Thread(target=worker.run, args=(peer, self._end), daemon=True)
         thread.start()
         logger.info("engine %s has connected", peer)
-        try:
-            while thread.is_alive():
-                message = channel.receive()
-                if message.kind == Kind.BYE:
-                    raise StageLost("the engine said good-bye")
-                inbox.put(message)
-        except SplitError as error:
-            inbox.put(error)
-        finally:
-            thread.join()
-            self._channels.discard(channel)
+        while thread.is_alive():
+            inbox.look()
+            thread.join(LOOK_S)
+        self._channels.discard(channel)
 
     def _end(self, channel: Channel, peer: str, error: Exception) -> None:
         """Tell the engine why, if it is there, and close."""
@@ -214,7 +211,7 @@ class _LeaseThread:
         backend: Backend,
         hello: Hello,
         channel: Channel,
-        inbox: queue.Queue[Message | SplitError],
+        inbox: Inbox,
         metrics: StageMetrics,
     ) -> None:
         self._backend = backend
@@ -241,7 +238,7 @@ class _LeaseThread:
                 lease.close()
                 self._metrics.leases.dec()
                 logger.info("the lease of engine %s has ended", peer)
-            self._drain()
+            self._channel.close()
 
     def _serve(self, lease: Lease) -> None:
         welcome = lease.welcome
@@ -250,7 +247,7 @@ class _LeaseThread:
         self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         self._channel.max_kv_payload = wire.MAX_KV_BYTES
         self._channel.send(Kind.WELCOME, welcome)
-        kv_init = wire.decode(KvInit, expect(self._take(), Kind.KV_INIT).metadata)
+        kv_init = wire.decode(KvInit, expect(self._inbox.take(), Kind.KV_INIT).metadata)
         self._channel.send(Kind.OK, lease.init_kv(kv_init))
         number = 0
         while True:
@@ -265,10 +262,11 @@ class _LeaseThread:
     def _run_step(self, lease: Lease, form: Form, number: int, step: Step) -> None:
         started = 0.0
 
-        def take() -> Rows:
+        def take(arrived: Callable[[], None]) -> Rows:
             nonlocal started
             message = expect(self._take_beside_kv(lease), Kind.ACTS, number)
             started = time.perf_counter()
+            arrived()
             order = wire.decode(Acts, message.metadata).order
             rows = form.decode(message.payload, step.num_tokens, self._backend.device)
             return order, rows.to(self._backend.dtype)
@@ -284,7 +282,7 @@ class _LeaseThread:
     def _take_beside_kv(self, lease: Lease) -> Message:
         """The next message that is not about KV blocks; such are answered here."""
         while True:
-            message = self._take()
+            message = self._inbox.take()
             if message.kind == Kind.READ_KV:
                 pages = lease.read_kv(wire.decode(KvBlocks, message.metadata))
                 self._channel.send(Kind.KV, payload=[pages])
@@ -293,21 +291,6 @@ class _LeaseThread:
                 self._channel.send(Kind.OK)
             else:
                 return message
-
-    def _take(self) -> Message:
-        item = self._inbox.get()
-        if isinstance(item, SplitError):
-            raise item
-        return item
-
-    def _drain(self) -> None:
-        """Let a reader that waits to hand on a message see that nobody takes it."""
-        self._channel.close()
-        while True:
-            try:
-                self._inbox.get_nowait()
-            except queue.Empty:
-                return
 
 
 def _check_facts(ours: Mapping[str, str], hello: Hello) -> None:

@@ -237,7 +237,7 @@ class SplitExecutor(UniProcExecutor):
         started = time.perf_counter()
         try:
             with self._helpers.resting():
-                answer = self._link.run(self._number, order, used)
+                answer = self._link.run(self._number, order, used, self._helpers.call)
         except StageLost as error:
             self._lost = error  # what else is in this step need not try again
             raise

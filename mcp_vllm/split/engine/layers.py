@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from vllm.model_executor.models import utils as model_utils
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.offloader import get_offloader
@@ -74,6 +75,16 @@ class LayerCall:
         """What a call hands to the layer."""
         given = self.signature.bind(*args, **kwargs).arguments
         return Activations(given["hidden_states"], given.get("residual"))
+
+    def of_others(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], activations: Activations
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call, of other activations."""
+        call = self.signature.bind(*args, **kwargs)
+        call.arguments["hidden_states"] = activations.hidden
+        if self.has_residual:
+            call.arguments["residual"] = activations.residual
+        return call.args, call.kwargs
 
     def result(self, activations: Activations) -> Any:
         """What a layer of this kind returns."""
@@ -143,8 +154,44 @@ class AllButSpan:
             self.layers[min(indices)] = self.gate
 
 
+class Entry:
+    """Before the first layer that runs at a stage: what `wait` returns takes the place of what the
+    model hands to it.
+
+    Attributes:
+        wait: for the next step, once; None: the layer gets what it is given.
+    """
+
+    def __init__(self, layers: torch.nn.ModuleList, call: LayerCall) -> None:
+        self.wait: Callable[[], Activations] | None = None
+        self._layers = layers
+        self._call = call
+        self._hook: RemovableHandle | None = None
+
+    def place(self, first: int) -> None:
+        """Before that layer, and no other one."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._layers[first].register_forward_pre_hook(
+            self._enter, prepend=True, with_kwargs=True
+        )
+
+    def _enter(
+        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        wait, self.wait = self.wait, None
+        return None if wait is None else self._call.of_others(args, kwargs, wait())
+
+
 class OnlySpan:
-    """The stage's plan: the layers [first, end) alone."""
+    """The stage's plan: the layers [first, end) alone.
+
+    Attributes (after the model is built):
+        layers: the model's layers; only the span's have weights.
+        call: of one of them.
+    """
+
+    call: LayerCall
 
     def __init__(self, first: int, end: int, num_layers: int) -> None:
         """Raises LayersUnsupported: the model has no such layers, or none would stay elsewhere."""
@@ -157,7 +204,7 @@ class OnlySpan:
         made = get_offloader().wrap_modules(
             layer_fn(prefix=f"{prefix}.{i}") for i in range(self.first, self.end)
         )
-        LayerCall.of(made[0])
+        self.call = LayerCall.of(made[0])
         self.layers = torch.nn.ModuleList(
             [PPMissingLayer() for _ in range(self.first)]
             + list(made)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm import forward_context
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import record_kv_cache_layout
@@ -31,16 +32,16 @@ from mcp_vllm.split import wire
 from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.engine.kv_specs import decode_group, decode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
+from mcp_vllm.split.engine.layers import Entry, LayersUnsupported
 from mcp_vllm.split.engine.openmp import Helpers
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
 from mcp_vllm.split.spans import Span
+from mcp_vllm.split.stage_server import Take
 from mcp_vllm.split.wire import Hello, KvBlocks, KvInit, KvPlan, Step, Welcome
 from mcp_vllm.vllm_plugin.layout import layer_specs
 from mcp_vllm.vllm_plugin.remote_layers import Pages
 from mcp_vllm.vllm_plugin.split_copies import pages_of
-
-Rows = tuple[list[int], Activations]
 
 
 class Turn:
@@ -49,14 +50,20 @@ class Turn:
     Attributes:
         layers: vLLM's attention layers by name.
         layouts: names of the KV cache layouts that they can read, the best one first.
+        entry: where activations come to the first layer.
     """
 
     def __init__(
-        self, layers: dict[str, Any], layouts: list[str], choose: Callable[[Span], None]
+        self,
+        layers: dict[str, Any],
+        layouts: list[str],
+        choose: Callable[[Span], None],
+        entry: Entry,
     ) -> None:
-        """`choose` makes the model run a span of its layers, and no others."""
+        """`choose` makes the model run a span of its layers, `entry` before it, and no others."""
         self.layers = layers
         self.layouts = layouts
+        self.entry = entry
         self._choose = choose
         self.lock = threading.Lock()
         self._holder: object = None
@@ -149,12 +156,12 @@ class StageLease:
         return KvPlan(num_blocks, list(limits.block_sizes), limits.max_model_len)
 
     @torch.inference_mode()
-    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+    def run(self, step: Step, take: Take) -> Activations:
         output = self._decode(step)
         with self._turn.lock:
             self._turn.bind(self, self._span, self._kv_caches)
-            rows = _Awaited(lambda: self._rows(step, take))
-            result = self._runner.execute_model(output, rows)
+            self._turn.entry.wait = rows = _Awaited(lambda: self._rows(step, take))
+            result = self._runner.execute_model(output, IntermediateTensors({}))
             if self._timer is not None:
                 self._layer_seconds = list(self._timer.seconds)
             self._helpers.rest()  # until the next step's activations are there
@@ -218,18 +225,20 @@ class StageLease:
         assert self._decoder is not None
         return self._decoder.decode(step)
 
-    def _rows(self, step: Step, take: Callable[[], Rows]) -> tuple[Activations, list[int] | None]:
+    def _rows(self, step: Step, take: Take) -> tuple[Activations, list[int] | None]:
         """The rows in the runner's order, and where each comes from in the engine's.
 
-        Called by the runner when it needs them. While waiting, other leases have their turn.
+        Called by the model when it needs them. While waiting, other leases have their turn.
         """
+        context = forward_context.get_forward_context()
         self._turn.lock.release()
         try:
-            order, activations = take()
+            order, activations = take(self._helpers.call)
         finally:
             self._helpers.wake()
             self._turn.lock.acquire()
         self._turn.bind(self, self._span, self._kv_caches)
+        forward_context._forward_context = context
         counts = dict(step.scheduled)
         if sorted(order) != sorted(counts):
             raise WireError("activations of other requests than the step's")
@@ -269,24 +278,26 @@ class StageLease:
         )
 
 
-class _Awaited(IntermediateTensors):
-    """Activations that are waited for when the model runner reads them."""
+class _Awaited:
+    """A step's activations, which are waited for when they are asked for."""
 
     def __init__(self, wait: Callable[[], tuple[Activations, list[int] | None]]) -> None:
-        super().__init__({})
         self._wait = wait
+        self._came = False
         self._source: list[int] | None = None
 
-    def items(self) -> Any:
-        if not self.tensors:
-            activations, self._source = self._wait()
-            self.tensors["hidden_states"] = activations.hidden
-            if activations.residual is not None:
-                self.tensors["residual"] = activations.residual
-        return self.tensors.items()
+    def __call__(self) -> Activations:
+        activations, self._source = self._wait()
+        self._came = True
+        return activations
 
     def in_engine_order(self, tensors: dict[str, torch.Tensor], num_tokens: int) -> Activations:
-        """The result's rows in the order in which the engine sent them."""
+        """The result's rows in the order in which the engine sent them.
+
+        Raises LayersUnsupported: they are not of these activations.
+        """
+        if not self._came:
+            raise LayersUnsupported("the model has not called the span's first layer")
         hidden, residual = tensors["hidden_states"], tensors.get("residual")
         return Activations(
             self._unpermuted(hidden[:num_tokens]),

@@ -47,7 +47,7 @@ class Helpers:
         self._library = library
         self._libc = ctypes.CDLL(None)
         self._semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
-        self._rest = False
+        self._rest = self._called = False
 
     @classmethod
     def of_this_machine(cls) -> Helpers:
@@ -59,18 +59,26 @@ class Helpers:
             return
         threads = self._library.omp_get_max_threads()
         self._libc.sem_init(self._semaphore, 0, 0)
+        self._called = False
         self._rest = True  # before, and false before the end: an interrupt may come between
         # They call sem_wait, and this thread goes on. 0: as many threads as usual.
         self._library.GOMP_parallel_start(self._libc.sem_wait, self._semaphore, 0)
         # What is prepared here for the layers says how many threads they will have.
         self._library.omp_set_num_threads(threads)
 
+    def call(self) -> None:
+        """Begin to wake them, which takes a while, beside what this thread has still to do."""
+        if self._library is None or not self._rest or self._called:
+            return
+        self._called = True
+        for _ in range(self._library.omp_get_num_threads() - 1):
+            self._libc.sem_post(self._semaphore)
+
     def wake(self) -> None:
         """Let them take part again; nothing, if they do."""
         if self._library is None or not self._rest:
             return
-        for _ in range(self._library.omp_get_num_threads() - 1):
-            self._libc.sem_post(self._semaphore)
+        self.call()
         self._rest = False
         self._library.GOMP_parallel_end()
 

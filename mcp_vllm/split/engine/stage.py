@@ -29,7 +29,7 @@ from mcp_vllm.split.access import Access
 from mcp_vllm.split.engine.cores import take_cores
 from mcp_vllm.split.engine.kv_specs import encode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
-from mcp_vllm.split.engine.layers import OnlySpan
+from mcp_vllm.split.engine.layers import Entry, OnlySpan
 from mcp_vllm.split.engine.lease import StageLease, Turn
 from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
 from mcp_vllm.split.engine.middle import loading_only, middle_of_pipeline
@@ -130,10 +130,14 @@ class StageModel:
         layouts = self._worker.worker.get_supported_kv_cache_layouts()
         owner = self._plan.owner(runner.model)
 
+        assert self._plan.layers is not None
+        entry = Entry(self._plan.layers, self._plan.call)
+
         def choose(span: Span) -> None:
             owner.start_layer, owner.end_layer = span
+            entry.place(span[0])
 
-        self._turn = Turn({name: layers[name] for name in specs}, layouts, choose)
+        self._turn = Turn({name: layers[name] for name in specs}, layouts, choose, entry)
         self._facts = agreed_facts(self._config)
 
     @property

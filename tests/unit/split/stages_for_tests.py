@@ -17,7 +17,7 @@ from mcp_vllm.split.access import Access
 from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.errors import StageRefused
 from mcp_vllm.split.link import Link, Stages
-from mcp_vllm.split.stage_server import Rows, StageServer
+from mcp_vllm.split.stage_server import StageServer, Take
 from mcp_vllm.split.wire import (
     About,
     Hello,
@@ -94,8 +94,8 @@ class AddingLease:
     def write_kv(self, given: KvBlocks, pages: bytearray) -> None:
         self.pages[given.blocks] = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)
 
-    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
-        order, rows = take()
+    def run(self, step: Step, take: Take) -> Activations:
+        order, rows = take(lambda: None)
         assert sorted(order) == sorted(alias for alias, _ in step.scheduled)
         self._backend.during_step()
         assert rows.residual is not None
@@ -130,7 +130,7 @@ class PagedLease(AddingLease):
         assert kv_init == KvInit(0, None, [])
         return self.PLAN
 
-    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+    def run(self, step: Step, take: Take) -> Activations:
         self.steps.append(step)
         for alias in step.finished:
             del self.tables[alias]
@@ -142,7 +142,7 @@ class PagedLease(AddingLease):
                 table += ids
         self._check_blocks()
         first = {each.alias: each.num_computed for each in (*step.new, *step.continued)}
-        order, rows = take()
+        order, rows = take(lambda: None)
         assert order == [alias for alias, _ in step.scheduled]
         self._backend.during_step()
         sums, taken = [], 0
@@ -188,7 +188,7 @@ class MeasuredLease(AddingLease):
     def init_kv(self, kv_init: KvInit) -> None:
         self.kv_init = kv_init
 
-    def run(self, step: Step, take: Callable[[], Rows]) -> Activations:
+    def run(self, step: Step, take: Take) -> Activations:
         self.steps.append(step)
         return super().run(step, take)
 

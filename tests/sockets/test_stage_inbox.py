@@ -1,0 +1,135 @@
+"""Messages over real sockets, and who receives them."""
+
+import socket
+import threading
+
+import pytest
+
+from mcp_vllm.split import wire
+from mcp_vllm.split.channel import Channel, Patience
+from mcp_vllm.split.errors import StageLost, WireError
+from mcp_vllm.split.inbox import MOST_WAITING, Inbox
+from mcp_vllm.split.wire import Acts, Kind
+from tests.waiting import wait_for
+
+PATIENCE = Patience(silence_s=10.0, total_s=10.0)
+
+
+@pytest.fixture
+def ends():
+    """A socket of the engine's, and the stage's channel."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    channel.max_metadata, channel.max_payload = 1 << 10, 1 << 20
+    with ours, theirs:
+        yield ours, channel
+
+
+def packed(kind: Kind, payload: bytes = b"", step: int = 0) -> bytes:
+    return wire.pack_header(kind, 0, len(payload), step) + payload
+
+
+def test_messages_that_came_together_are_taken_one_by_one(ends):
+    ours, channel = ends
+    sizes = [0, 5, 40_000, 100, 0, 70_000, 1]
+    sent = b"".join(packed(Kind.ACTS, bytes([i]) * size, i) for i, size in enumerate(sizes))
+    writer = threading.Thread(target=ours.sendall, args=(sent,))
+    writer.start()
+    for number, size in enumerate(sizes):
+        message = channel.receive(PATIENCE)
+        assert (message.step, message.payload) == (number, bytes([number]) * size)
+    assert channel.poll(PATIENCE) is None
+    writer.join()
+
+
+def test_what_came_with_a_message_is_there_without_waiting(ends):
+    ours, channel = ends
+    ours.sendall(packed(Kind.STEP, step=1) + packed(Kind.STEP, step=2))
+    assert channel.receive(PATIENCE).step == 1
+    assert channel.poll(PATIENCE).step == 2
+    assert channel.poll(PATIENCE) is None
+
+
+def test_polling_leaves_the_deadline_of_sending_alone(ends):
+    _, channel = ends
+    channel.send(Kind.OK, patience=Patience(silence_s=7.0))
+    assert channel.poll(PATIENCE) is None
+    assert channel._socket.gettimeout() == 7.0
+
+
+def test_a_worker_receives_for_itself(ends):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    taken = []
+    worker = threading.Thread(target=lambda: taken.append(inbox.take()))
+    worker.start()
+    wait_for("the worker to receive", inbox._receiving.locked)
+    inbox.look()  # nothing: the worker does
+    ours.sendall(packed(Kind.STEP, step=3))
+    worker.join(10)
+    assert [message.step for message in taken] == [3]
+
+
+def test_while_the_worker_works_pings_are_answered_and_messages_kept(ends):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    ours.sendall(packed(Kind.STEP, step=1) + packed(Kind.PING) + packed(Kind.STEP, step=2))
+    inbox.look()
+    theirs = Channel(ours)
+    assert (
+        wire.unpack_header(theirs._read(wire.HEADER.size, PATIENCE, None), 0, 0).kind == Kind.PONG
+    )
+    assert [inbox.take().step, inbox.take().step] == [1, 2]
+
+
+def test_no_more_is_kept_than_so_many_messages(ends):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    ours.sendall(b"".join(packed(Kind.STEP, step=number) for number in range(9)))
+    for _ in range(3):
+        inbox.look()
+        assert len(inbox._waiting) == MOST_WAITING
+    assert [inbox.take().step for _ in range(9)] == list(range(9))
+
+
+def test_a_connection_that_ends_is_noticed_after_what_came_before(ends):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    ours.sendall(packed(Kind.STEP, step=1))
+    ours.close()
+    inbox.look()
+    assert inbox.take().step == 1
+    with pytest.raises(StageLost):
+        inbox.take()
+
+
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [(packed(Kind.BYE), StageLost), (b"GET / HTTP/1.1\r\nHost: stage\r\n\r\n" * 2, WireError)],
+    ids=["good-bye", "garbage"],
+)
+def test_what_ends_a_lease_is_raised_when_it_is_taken(ends, sent, error, looked):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    ours.sendall(sent)
+    if looked:
+        inbox.look()
+    with pytest.raises(error):
+        inbox.take()
+
+
+def test_a_payload_larger_than_allowed_is_not_read(ends):
+    ours, channel = ends
+    ours.sendall(wire.pack_header(Kind.ACTS, 0, channel.max_payload + 1, 1))
+    with pytest.raises(WireError, match="payload of"):
+        channel.receive(PATIENCE)
+
+
+def test_a_message_in_pieces_is_one_message(ends):
+    ours, channel = ends
+    theirs = Channel(ours)
+    theirs.send(Kind.ACTS, Acts([1, 2]), [memoryview(b"ab"), memoryview(b"cd" * 40_000)], 5)
+    message = channel.receive(PATIENCE)
+    assert wire.decode(Acts, message.metadata).order == [1, 2]
+    assert message.payload == b"ab" + b"cd" * 40_000
