@@ -186,7 +186,7 @@ def executor_of(engine):
 
 
 def decode(engine, layers: Layers, number: int, batch: int, steps: int) -> list[list[float]]:
-    """Milliseconds of each decode step of `batch` requests that run together: all of it, of that its
+    """Milliseconds of each decode step of `batch` requests that run together: of all of it, of its
     layers, and of these, if it is split, the stage's and the way there and back."""
     from vllm import SamplingParams
 

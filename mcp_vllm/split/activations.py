@@ -130,13 +130,8 @@ class Form:
         if self.name == FP8:
             folded = self._from_fp8(payload, num_tokens)
             return self._unfolded(folded.to(device))
-        each_bytes = num_tokens * self.width * self.dtype.itemsize
-        tensors = [
-            torch.frombuffer(payload, dtype=self.dtype, count=num_tokens * self.width, offset=start)
-            .view(num_tokens, self.width)
-            .to(device)
-            for start in range(0, len(payload), each_bytes)
-        ]
+        flat = torch.frombuffer(payload, dtype=self.dtype)
+        tensors = flat.view(-1, num_tokens, self.width).to(device)
         if self._is_folded:
             return self._unfolded(tensors[0])
         return Activations(tensors[0], tensors[1] if self.has_residual else None)
