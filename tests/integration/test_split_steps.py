@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from mcp_vllm.split import wire
+from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.engine.kv_specs import decode_group, decode_spec, encode_group, encode_spec
 from mcp_vllm.split.engine.layers import LayerCall, LayersUnsupported, check_span
 from mcp_vllm.split.engine.steps import Limits, StepDecoder, StepEncoder
@@ -178,6 +179,23 @@ def test_a_usual_layer_is_called_by_name_or_by_position():
     assert (
         call.activations((), {"positions": 0, "hidden_states": "h", "residual": None}).hidden == "h"
     )
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((0, "h", "r"), {}),
+        ((0, "h"), {"residual": "r"}),
+        ((), {"residual": "r", "positions": 0, "hidden_states": "h"}),
+    ],
+)
+def test_other_activations_take_the_place_of_what_a_call_gives(args, kwargs):
+    call = LayerCall.of(Usual())
+    by_place, by_name = call.of_others(args, kwargs, Activations("H", "R"))
+    assert call.activations(by_place, by_name) == Activations("H", "R")
+    assert len(by_place) == len(args)
+    assert by_name.keys() == kwargs.keys()
+    assert (by_place[0] if by_place else by_name["positions"]) == 0
 
 
 @pytest.mark.parametrize("layer", [WithImages(), Encoder()])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,9 +43,14 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How a decoder layer is called: which argument is which."""
+    """How a decoder layer is called: which argument is which.
 
-    signature: inspect.Signature
+    Attributes:
+        places: of hidden states and residual, where a call gives them without their names. (To
+            bind its signature to each call would take longer than all else that is done with it.)
+    """
+
+    places: Mapping[str, int]
     has_residual: bool
 
     @classmethod
@@ -69,22 +74,38 @@ class LayerCall:
         has_residual = "residual" in parameters
         if not has_residual and "uple" in str(signature.return_annotation):
             raise LayersUnsupported(f"{name} cannot be split: it returns more than hidden states")
-        return cls(signature, has_residual)
+        by_place = [
+            name
+            for name, each in parameters.items()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        ]
+        places = {name: by_place.index(name) for name in _HANDED_ON if name in by_place}
+        return cls(places, has_residual)
 
     def activations(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activations:
         """What a call hands to the layer."""
-        given = self.signature.bind(*args, **kwargs).arguments
-        return Activations(given["hidden_states"], given.get("residual"))
+
+        def given(name: str) -> Any:
+            place = self.places.get(name, len(args))
+            return args[place] if place < len(args) else kwargs.get(name)
+
+        return Activations(given("hidden_states"), given("residual"))
 
     def of_others(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], activations: Activations
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call, of other activations."""
-        call = self.signature.bind(*args, **kwargs)
-        call.arguments["hidden_states"] = activations.hidden
+        by_place, by_name = list(args), dict(kwargs)
+        others = {"hidden_states": activations.hidden}
         if self.has_residual:
-            call.arguments["residual"] = activations.residual
-        return call.args, call.kwargs
+            others["residual"] = activations.residual
+        for name, value in others.items():
+            place = self.places.get(name, len(args))
+            if place < len(args):
+                by_place[place] = value
+            else:
+                by_name[name] = value
+        return tuple(by_place), by_name
 
     def result(self, activations: Activations) -> Any:
         """What a layer of this kind returns."""
