@@ -96,7 +96,7 @@ class SplitConfig(Section):
     heartbeat_ms: int = Field(default=200, ge=10, le=10_000)
     """While waiting for a stage, ask so often whether it is alive."""
 
-    lost_ms: int = Field(default=800, ge=50, le=600_000)
+    lost_ms: int = Field(default=800, ge=100, le=600_000)
     """A stage that says nothing for so long is lost."""
 
     step_ms: int = Field(default=60_000, ge=100, le=3_600_000)

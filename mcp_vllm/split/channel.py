@@ -214,6 +214,8 @@ class Channel:
 
         Waits by itself: the socket's timeout is that of `send`, which another thread may be in.
         """
+        if self._socket.fileno() < 0:
+            raise ValueError("the connection was closed")
         wait_ms = None if timeout_s is None else timeout_s * 1000
         if self._sends_parts:
             return self._socket.recv_into(view) if self._readable.poll(wait_ms) else None

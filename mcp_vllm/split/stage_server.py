@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_S = 10.0
 # So often the other thread looks for what has come while layers compute.
-LOOK_S = 0.05
+LOOK_S = 0.02
 # Connections that have not said Hello yet; more wait in the kernel's queue.
 MAX_STRANGERS = 32
 
@@ -162,7 +162,7 @@ class StageServer:
                 return
         finally:
             self._strangers.release()
-        self._read(channel, hello, peer)
+        self._attend(channel, hello, peer)
 
     def _hello(self, channel: Channel, connected: socket.socket) -> Hello:
         patience = Patience(silence_s=HELLO_S, total_s=HELLO_S)
@@ -174,7 +174,7 @@ class StageServer:
         _check_bounds(hello)
         return hello
 
-    def _read(self, channel: Channel, hello: Hello, peer: str) -> None:
+    def _attend(self, channel: Channel, hello: Hello, peer: str) -> None:
         """Let the lease's thread work until the connection ends, and look after it meanwhile."""
         self._channels.add(channel)
         inbox = Inbox(channel)
@@ -183,10 +183,12 @@ class StageServer:
         thread = threading.Thread(target=worker.run, args=(peer, self._end), daemon=True)
         thread.start()
         logger.info("engine %s has connected", peer)
-        while thread.is_alive():
-            inbox.look()
-            thread.join(LOOK_S)
-        self._channels.discard(channel)
+        try:
+            while thread.is_alive():
+                inbox.look()
+                thread.join(LOOK_S)
+        finally:
+            self._channels.discard(channel)
 
     def _end(self, channel: Channel, peer: str, error: Exception) -> None:
         """Tell the engine why, if it is there, and close."""

@@ -33,8 +33,8 @@ scheduler, and leaves to the stage what needs vLLM: its KvInit is empty, the sta
 and blocks of its own layers, and Ok carries that KvPlan.
 
 Steps are numbered from 1, and Acts and Reply carry their step's number: any other is an error.
-At any time each side may send Ping, which is answered by Pong at once, also during a step and
-while the stage still loads. After Error nothing follows.
+At any time each side may send Ping, which is answered by Pong at once; during a step and while the
+stage still loads, after some hundredths of a second at most. After Error nothing follows.
 
 What a step says of requests: aliases (numbers that mean nothing elsewhere), lengths, block ids and
 counts. Token ids, text and sampling parameters have no field.

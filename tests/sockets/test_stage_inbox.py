@@ -117,6 +117,34 @@ def test_what_ends_a_lease_is_raised_when_it_is_taken(ends, sent, error, looked)
         inbox.take()
 
 
+def test_an_error_is_taken_although_more_has_begun_to_come(ends):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    ours.sendall(b"\x00" * (wire.HEADER.size + 5))
+    for _ in range(3):
+        looking = threading.Thread(target=inbox.look)
+        looking.start()
+        looking.join(10)
+        assert not looking.is_alive()
+    with pytest.raises(WireError):
+        inbox.take()
+
+
+def test_a_message_is_taken_while_the_next_one_still_comes(ends):
+    ours, channel = ends
+    inbox = Inbox(channel)
+    whole = packed(Kind.ACTS, b"rows", 1)
+    ours.sendall(packed(Kind.STEP, step=1) + whole[:-2])
+    looking = threading.Thread(target=inbox.look)
+    looking.start()
+    wait_for("the first message", lambda: len(inbox._waiting))
+    assert inbox.take().kind == Kind.STEP
+    assert looking.is_alive()
+    ours.sendall(whole[-2:])
+    looking.join(10)
+    assert inbox.take().payload == b"rows"
+
+
 def test_a_payload_larger_than_allowed_is_not_read(ends):
     ours, channel = ends
     ours.sendall(wire.pack_header(Kind.ACTS, 0, channel.max_payload + 1, 1))
@@ -126,8 +154,10 @@ def test_a_payload_larger_than_allowed_is_not_read(ends):
 
 def test_a_message_in_pieces_is_one_message(ends):
     ours, channel = ends
-    theirs = Channel(ours)
-    theirs.send(Kind.ACTS, Acts([1, 2]), [memoryview(b"ab"), memoryview(b"cd" * 40_000)], 5)
+    parts = [memoryview(b"ab"), memoryview(b"cd" * 40_000)]
+    writer = threading.Thread(target=Channel(ours).send, args=(Kind.ACTS, Acts([1, 2]), parts, 5))
+    writer.start()
     message = channel.receive(PATIENCE)
+    writer.join()
     assert wire.decode(Acts, message.metadata).order == [1, 2]
     assert message.payload == b"ab" + b"cd" * 40_000

@@ -96,10 +96,14 @@ def test_kv_pages_that_are_not_there_end_the_lease(layers, size, message):
             link.read_kv(KvBlocks(layers, [0]), size)
 
 
-def test_a_stage_that_computes_for_long_is_alive():
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
+def test_a_stage_that_computes_for_long_is_alive(tmp_path, secured):
     """Its answer takes longer than silence may last: pings are answered meanwhile."""
-    with running_stage(AddingLayers(during_step=lambda: time.sleep(0.9))) as stage:
-        link = leased(stage.address, lost_ms=400, heartbeat_ms=50)
+    tls = {name: str(path) for name, path in vars(tls_files(tmp_path)).items()} if secured else {}
+    security = StageSecurity.model_validate({"tls": tls})
+    layers = AddingLayers(during_step=lambda: time.sleep(0.9))
+    with running_stage(layers, security=security) as stage:
+        link = leased(stage.address, lost_ms=400, heartbeat_ms=50, tls=tls)
         link.begin(1, step_of(2))
         assert link.run(1, [1], rows_of(2)).activations.hidden.shape == (2, 8)
 

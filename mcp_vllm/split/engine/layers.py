@@ -2,8 +2,8 @@
 
 vLLM's models make their layers through `make_layers` of `models/utils.py`. While a plan is active
 in this process, that function asks the plan instead: the engine's leaves out the span and puts a
-gate in its place, the stage's leaves out everything else. Model modules import `make_layers` by
-name, so those that are loaded already are patched, too.
+gate in its place, the stage's leaves out everything else, and has an entry before its layers.
+Model modules import `make_layers` by name, so those that are loaded already are patched, too.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from mcp_vllm.split import wire
 from mcp_vllm.split.activations import Activations
 from mcp_vllm.split.engine.kv_specs import decode_group, decode_spec
 from mcp_vllm.split.engine.layer_timer import LayerTimer
-from mcp_vllm.split.engine.layers import Entry, LayersUnsupported
+from mcp_vllm.split.engine.layers import Entry
 from mcp_vllm.split.engine.openmp import Helpers
 from mcp_vllm.split.engine.steps import Limits, StepDecoder
 from mcp_vllm.split.errors import StageRefused, WireError
@@ -161,7 +161,10 @@ class StageLease:
         with self._turn.lock:
             self._turn.bind(self, self._span, self._kv_caches)
             self._turn.entry.wait = rows = _Awaited(lambda: self._rows(step, take))
-            result = self._runner.execute_model(output, IntermediateTensors({}))
+            try:
+                result = self._runner.execute_model(output, IntermediateTensors({}))
+            finally:
+                self._turn.entry.wait = None
             if self._timer is not None:
                 self._layer_seconds = list(self._timer.seconds)
             self._helpers.rest()  # until the next step's activations are there
@@ -231,6 +234,7 @@ class StageLease:
         Called by the model when it needs them. While waiting, other leases have their turn.
         """
         context = forward_context.get_forward_context()
+        forward_context._forward_context = None  # or another's step would leave ours behind
         self._turn.lock.release()
         try:
             order, activations = take(self._helpers.call)
@@ -294,10 +298,10 @@ class _Awaited:
     def in_engine_order(self, tensors: dict[str, torch.Tensor], num_tokens: int) -> Activations:
         """The result's rows in the order in which the engine sent them.
 
-        Raises LayersUnsupported: they are not of these activations.
+        Raises RuntimeError: they are not of these activations.
         """
         if not self._came:
-            raise LayersUnsupported("the model has not called the span's first layer")
+            raise RuntimeError("the model has not called the span's first layer")
         hidden, residual = tensors["hidden_states"], tensors.get("residual")
         return Activations(
             self._unpermuted(hidden[:num_tokens]),

@@ -38,8 +38,8 @@ class Helpers:
     Left alone they spin after their work, for up to milliseconds, each on the core where a thread
     of the process that this one waits for is about to compute. Between `rest` and `wake` this
     thread is inside of a parallel region: what it prepares, encodes and decodes there it computes
-    alone, and no layer may run there: kernels that count on all threads would wait for them. Both
-    are called by the thread whose helpers they are.
+    alone, and no layer may run there: kernels that count on all threads would wait for them. All of
+    it is called by the thread whose helpers they are.
     """
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
@@ -70,9 +70,9 @@ class Helpers:
         """Begin to wake them, which takes a while, beside what this thread has still to do."""
         if self._library is None or not self._rest or self._called:
             return
-        self._called = True
         for _ in range(self._library.omp_get_num_threads() - 1):
             self._libc.sem_post(self._semaphore)
+        self._called = True  # after: whom an interrupt keeps from it is called by `wake`
 
     def wake(self) -> None:
         """Let them take part again; nothing, if they do."""

@@ -19,6 +19,10 @@ from mcp_vllm.vllm_plugin.fingerprint import model_facts
 logger = logging.getLogger(__name__)
 
 
+# vLLM's implementation computes with activations between the layers, too.
+_MIXING = "SolarForCausalLM"
+
+
 class SplitUnsupported(SplitError):
     """An engine that cannot be split as it is configured; names the setting."""
 
@@ -44,6 +48,7 @@ def check_supported(config: VllmConfig) -> None:
         "a model with recurrent or attention-free layers": model.is_hybrid
         or model.is_attention_free,
         "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
+        "a model that computes between its layers": _MIXING in model.architectures,
         "torch.compile: give --enforce-eager": config.compilation_config.mode
         not in (None, CompilationMode.NONE),
         "KV cache scales a token": str(config.cache_config.cache_dtype).endswith("_per_token_head"),
