@@ -16,7 +16,8 @@ def test_a_llama_can_be_split(config):
 
 
 def test_a_model_that_computes_between_its_layers_is_refused(config, monkeypatch):
-    monkeypatch.setattr(config.model_config.model_arch_config, "architectures", ["SolarForCausalLM"])
+    facts = config.model_config.model_arch_config
+    monkeypatch.setattr(facts, "architectures", ["SolarForCausalLM"])
     with pytest.raises(SplitUnsupported, match="computes between its layers"):
         check_supported(config)
 
