@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import msgspec
 import pytest
 from machines import shape_of_layers
 from stages_for_tests import (
@@ -15,6 +16,7 @@ from stages_for_tests import (
 
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.split.errors import SplitError, StageRefused
+from mcp_vllm.split.plan import stage_probe
 from mcp_vllm.split.plan.cost import Load
 from mcp_vllm.split.plan.fit import fit_link, fit_machine
 from mcp_vllm.split.plan.stage_probe import probe_stage
@@ -45,6 +47,20 @@ def test_figures_are_what_the_stage_says_of_its_layers() -> None:
     fitted = fit_machine(figures, SHAPE, "--cloud", as_stage=True)
     assert fitted.decode.layer_time_s(SHAPE.layers[1], next(iter(works))) < 1e-4
     assert fit_link(transfers).rtt_s > 0
+
+
+@pytest.mark.parametrize("shares_cores", [False, True])
+def test_cores_that_a_stage_shares_compute_while_it_waits(shares_cores, monkeypatch) -> None:
+    welcome = msgspec.structs.replace(MeasuredLease.welcome, shares_cores=shares_cores)
+    monkeypatch.setattr(MeasuredLease, "welcome", welcome)
+    computed, idle = [], []
+    compute = stage_probe._compute
+    monkeypatch.setattr(stage_probe, "_compute", lambda *args: computed.append(compute(*args)))
+    monkeypatch.setattr(stage_probe, "_idle", lambda: idle.append(None))
+    with running_stage() as stage:
+        probe(stage.address)
+        num_steps = len(stage.backend.measured.steps)
+    assert (len(computed), len(idle)) == ((num_steps, 0) if shares_cores else (0, num_steps))
 
 
 def test_every_step_is_one_that_an_engine_could_send() -> None:

@@ -7,9 +7,13 @@ No vLLM here: the stage has it.
 
 from __future__ import annotations
 
+import os
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -43,6 +47,8 @@ from mcp_vllm.split.wire import (
 )
 
 _REPEAT = 8
+_READ_BYTES = 1 << 20
+_CORES = os.cpu_count() or 1
 
 
 def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Figures, LinkFigures]:
@@ -63,20 +69,42 @@ def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Fig
     )
     link = Stages(config, hello, dtype).connect()
     try:
-        return _Probe(link, shape, config.load_ms / 1000).measure(load)
+        with ThreadPoolExecutor(_CORES) as threads:
+            wait = partial(_compute, threads) if link.welcome.shares_cores else _idle
+            return _Probe(link, shape, config.load_ms / 1000, wait).measure(load)
     finally:
         link.close()
+
+
+def _idle() -> None:
+    time.sleep(WAIT_S)
+
+
+def _compute(threads: ThreadPoolExecutor) -> None:
+    """Keep all cores busy, as the engine's layers would: a stage whose cores were idle meanwhile
+    has to wake them, and takes longer on some machines."""
+    until = time.perf_counter() + WAIT_S
+
+    def read(data: bytes) -> None:
+        while time.perf_counter() < until:
+            zlib.crc32(data)  # without the interpreter's lock
+
+    list(threads.map(read, [bytes(_READ_BYTES)] * _CORES))
 
 
 class _Probe:
     """One measuring lease."""
 
-    def __init__(self, link: Link, shape: ModelShape, load_s: float) -> None:
+    def __init__(
+        self, link: Link, shape: ModelShape, load_s: float, wait: Callable[[], None]
+    ) -> None:
+        """`wait`: for WAIT_S."""
         if link.welcome.about is None:
             raise SplitError(f"stage {link.stage} does not measure: upgrade it")
         self._link = link
         self._shape = shape
         self._load_s = load_s
+        self._wait = wait
         self._about = link.welcome.about
         self._first, self._end = parse_layers(self._about.layers)
         if link.welcome.width != shape.hidden or self._end >= shape.num_layers:
@@ -161,7 +189,7 @@ class _Probe:
         started = time.perf_counter()
         link.begin(self._number, self._send)
         beginning = time.perf_counter() - started
-        time.sleep(WAIT_S)  # the stage prepares, and waits as for the engine's layers
+        self._wait()  # the stage prepares, and waits as for the engine's layers
         started = time.perf_counter()
         payload = link.form.encode(Activations(rows, residual))
         order = Acts([alias for alias, _ in self._send.scheduled])
