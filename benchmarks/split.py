@@ -2,12 +2,13 @@
 
     python benchmarks/split.py [--model PATH] [--dtype D] [--layers 6:12] [--form raw] [--json F]
 
-A whole engine, and a split one with its stage; rounds of decode steps go to them in turn (whole,
-split, split, whole, ...), so that what else changes on the machine changes for both. The stage
-computes while the engine waits, so on one machine the two should take as long as the whole engine:
-what is more is serialisation, loopback and waking up. The other engine is idle meanwhile. Two
-overheads are given: of whole steps, and of the layers: from the first one's start to the last one's
-end, with the stage's and the way there and back in between, over the whole engine's layers.
+A whole engine, and a split one with its stage, each with the same requests; bursts of a few decode
+steps go to them in turn (whole, split, split, whole, ...). A virtual machine may be twice as slow
+for some seconds, so only bursts that follow one another are compared. The stage computes while the
+engine waits, so on one machine the two should take as long as the whole engine: what is more is
+serialisation, loopback and waking up. The other engine is idle meanwhile. Two overheads are given:
+of whole steps, and of the layers: from the first one's start to the last one's end, with the
+stage's and the way there and back in between, over the whole engine's layers.
 
 How fast a process computes depends on where its memory came to lie: the same engine, started again,
 may be a fifth slower for as long as it lives. So all of them are started anew a few times; figures
@@ -16,6 +17,7 @@ are of all starts, and the overhead is given for each, too.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -40,6 +42,7 @@ from mcp_vllm.vllm_plugin.shared_cores import share_cores
 CONTEXT = 64
 MODEL_LEN = 1024
 SKIPPED = 3  # steps after the prefill that are not counted
+BURST = 6  # steps of one engine before the other's turn, after one that is not counted
 
 # Engine, or part of the split one -> batch -> milliseconds of every step.
 Steps = dict[str, dict[int, list[float]]]
@@ -53,8 +56,8 @@ def main() -> None:
     parser.add_argument("--form", default="raw", choices=("raw", "packed", "fold", "fp8"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--starts", type=int, default=4, help="how often all is started anew")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each start")
-    parser.add_argument("--steps", type=int, default=48, help="decode steps a round")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of each start")
+    parser.add_argument("--bursts", type=int, default=12, help="of each engine, in a round")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--logs", type=Path, default=Path("build/split-logs"))
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -143,7 +146,8 @@ def engine(
 
 
 def serve_rounds(settings: dict[str, object]) -> None:
-    """The engine's process: a line [batch, steps] in, a line with the steps' times in ms out."""
+    """The engine's process: {"begin": requests} starts so many and ends those before; {"burst": n}
+    is answered with a line of n steps' times in ms."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM writes to standard output, too
     from vllm import LLM
@@ -151,11 +155,16 @@ def serve_rounds(settings: dict[str, object]) -> None:
     import mcp_vllm.vllm_plugin
 
     mcp_vllm.vllm_plugin.register()
-    llm = LLM(**settings)
-    layers = Layers(llm.llm_engine)
+    engine = LLM(**settings).llm_engine
+    layers = Layers(engine)
     print("ready", file=answers, flush=True)
+    running: list[str] = []
     for number, line in enumerate(sys.stdin):
-        times = decode(llm.llm_engine, layers, number, *json.loads(line))
+        asked = json.loads(line)
+        if "begin" in asked:
+            engine.abort_request(running)
+            running = begin(engine, number, asked["begin"])
+        times = [step(engine, layers) for _ in range(asked.get("burst", 0))]
         print(json.dumps(times), file=answers, flush=True)
 
 
@@ -185,52 +194,69 @@ def executor_of(engine):
     return engine.engine_core.engine_core.model_executor
 
 
-def decode(engine, layers: Layers, number: int, batch: int, steps: int) -> list[list[float]]:
-    """Milliseconds of each decode step of `batch` requests that run together: of all of it, of its
-    layers, and of these, if it is split, the stage's and the way there and back."""
+def begin(engine, number: int, batch: int) -> list[str]:
+    """The names of requests that are decoding together now."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=steps + SKIPPED + 1, ignore_eos=True)
-    for index in range(batch):
+    params = SamplingParams(temperature=0, max_tokens=MODEL_LEN - CONTEXT, ignore_eos=True)
+    names = [f"{number}-{index}" for index in range(batch)]
+    for index, name in enumerate(names):
         prompt = [1000 + (number * 131 + index * 17 + i * 7) % 4000 for i in range(CONTEXT)]
-        engine.add_request(f"{number}-{index}", {"prompt_token_ids": prompt}, params)
-    times = []
-    while engine.has_unfinished_requests():
-        started = time.perf_counter()
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    for _ in range(1 + SKIPPED):
         engine.step()
-        parts = [time.perf_counter() - started, layers.seconds]
-        if (split := getattr(executor_of(engine), "last_step", None)) is not None:
-            parts += [split.stage, split.link]
-        times.append([round(each * 1000, 3) for each in parts])
-    return times[1 + SKIPPED :]
+    return names
+
+
+def step(engine, layers: Layers) -> list[float]:
+    """Milliseconds of a step: of all of it, of its layers, and of these, if it is split, the
+    stage's and the way there and back."""
+    started = time.perf_counter()
+    engine.step()
+    parts = [time.perf_counter() - started, layers.seconds]
+    if (split := getattr(executor_of(engine), "last_step", None)) is not None:
+        parts += [split.stage, split.link]
+    return [round(each * 1000, 3) for each in parts]
 
 
 def measure(engines: dict[str, subprocess.Popen[str]], args: argparse.Namespace) -> Steps:
     """A round before those that count warms up."""
-    times = {name: {batch: [] for batch in args.batches} for name in engines}
+    times: Steps = {name: {batch: [] for batch in args.batches} for name in engines}
     with Progress(transient=True) as progress:
         for number in progress.track(range(args.rounds + 1), description="rounds"):
-            names = list(engines) if number % 2 else list(reversed(engines))
             for batch in args.batches:
-                for name in names:
-                    process = engines[name]
-                    print(json.dumps([batch, args.steps]), file=process.stdin, flush=True)
-                    measured = json.loads(process.stdout.readline())
-                    if number:
-                        for part, values in zip(
-                            (name, f"  layers, {name}", "  its stage", "  its way"),
-                            zip(*measured, strict=True),
-                            strict=False,
-                        ):
-                            times.setdefault(part, {each: [] for each in args.batches})
-                            times[part][batch] += values
+                measured = measure_round(engines, batch, args.bursts if number else 1)
+                for part, values in measured.items() if number else ():
+                    times.setdefault(part, {each: [] for each in args.batches})
+                    times[part][batch] += values
     return times
+
+
+def measure_round(
+    engines: dict[str, subprocess.Popen[str]], batch: int, bursts: int
+) -> dict[str, list[float]]:
+    """Of each engine and of its parts, `bursts` times BURST steps in ms."""
+    times: dict[str, list[float]] = {}
+    for name in engines:
+        ask(engines[name], {"begin": batch})
+    for number in range(bursts):
+        for name in list(engines) if number % 2 else list(reversed(engines)):
+            counted = ask(engines[name], {"burst": 1 + BURST})[1:]
+            parts = (name, f"  layers, {name}", "  its stage", "  its way")
+            for part, values in zip(parts, zip(*counted, strict=True), strict=False):
+                times.setdefault(part, []).extend(values)
+    return times
+
+
+def ask(process: subprocess.Popen[str], line: dict[str, int]) -> list[list[float]]:
+    print(json.dumps(line), file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
 
 
 def report(console: Console, starts: list[Steps], args: argparse.Namespace) -> None:
     table = Table(
         title=f"Decode steps in ms, layers {args.layers} at a stage on loopback, form {args.form}, "
-        f"{args.starts} starts of {args.rounds} rounds of {args.steps}"
+        f"{args.starts} starts of {args.rounds} rounds of {args.bursts} bursts of {BURST}"
     )
     for name in ("batch", "engine", "p10", "p50", "p90", "p99"):
         table.add_column(name, justify="right")
@@ -241,18 +267,29 @@ def report(console: Console, starts: list[Steps], args: argparse.Namespace) -> N
     console.print(table)
     for batch in args.batches:
         for what, name in (("steps", "{}"), ("layers", "  layers, {}")):
-            whole, split = (
-                [statistics.median(start[name.format(engine)][batch]) for start in starts]
-                for engine in ("whole", "split")
-            )
-            ratios = [theirs / ours for ours, theirs in zip(whole, split, strict=True)]
-            overheads = [theirs - ours for ours, theirs in zip(whole, split, strict=True)]
+            pairs = [
+                paired(*(start[name.format(engine)][batch] for engine in ("whole", "split")))
+                for start in starts
+            ]
+            all_of = list(itertools.chain(*pairs))
+            ratio = statistics.median(split / whole for whole, split in all_of)
+            low, middle, high = statistics.quantiles(split - whole for whole, split in all_of)
+            by_start = [statistics.median(split - whole for whole, split in each) for each in pairs]
             console.print(
-                f"batch {batch}, {what}: split / whole {statistics.median(ratios):.3f}, overhead "
-                f"{statistics.median(overheads):.1f} ms: medians of the starts' "
-                f"({', '.join(f'{each:.1f}' for each in overheads)})"
+                f"batch {batch}, {what}: split / whole {ratio:.3f}, overhead {middle:.1f} ms "
+                f"(quartiles {low:.1f} and {high:.1f} of {len(all_of)} pairs of bursts; "
+                f"the starts' medians {', '.join(f'{each:.1f}' for each in by_start)})"
             )
     console.print(one_line())
+
+
+def paired(whole: list[float], split: list[float]) -> list[tuple[float, float]]:
+    """The medians of the bursts that followed one another."""
+    medians = (
+        [statistics.median(steps[at : at + BURST]) for at in range(0, len(steps), BURST)]
+        for steps in (whole, split)
+    )
+    return list(zip(*medians, strict=True))
 
 
 def of_all(starts: list[Steps], name: str, batch: int) -> list[float]:

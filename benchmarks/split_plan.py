@@ -1,13 +1,13 @@
 """What `mcp-vllm plan` predicts against what split engines take, over splits, links and prompts.
 
-    python benchmarks/split_plan.py [--models llama,gemma] [--dtype D] [--rounds 4] [--json FILE]
+    python benchmarks/split_plan.py [--models llama,gemma] [--dtype D] [--rounds 3] [--json FILE]
 
-For each model: this machine and a stage are measured as the command measures them (the stage holds
-all layers but the first and the last), each link through the stage. Then a real engine, which uses
-one span of the stage's layers after the other, runs prompts of three lengths over a shaped link,
-and both times are compared; a whole engine takes its turns, too. Repeated times count with their
-lower quartile, measured and predicted alike, and all is run in rounds, figures are taken before and
-after: other processes, and other machines on the same host, only ever make a step slower.
+For each model a real engine uses one span of the stage's layers after the other and runs prompts of
+three lengths over a shaped link; a whole engine takes its turns with it, burst by burst. All is run
+in rounds, and before each, this machine and a stage are measured as the command measures them (the
+stage holds all layers but the first and the last), and each link through the stage: a virtual
+machine may be twice as slow for seconds or minutes. Repeated times count with their lower quartile
+in a round and the mean of the rounds, measured and predicted alike.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,12 @@ from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.demo.engines import default_environment
 from mcp_vllm.demo.weights import ensure_gemma
 from mcp_vllm.split.plan.cost import CostModel, Load, Split
-from mcp_vllm.split.plan.figures import Figures, LinkFigures, StepTime, typical
-from mcp_vllm.split.plan.fit import LinkFit, fit_link, fit_machine
+from mcp_vllm.split.plan.figures import Figures, LinkFigures, StepTime, Transfer, typical
+from mcp_vllm.split.plan.fit import fit_link, fit_machine
 from mcp_vllm.split.plan.measure import measure_here
 from mcp_vllm.split.plan.read import read_model
 from mcp_vllm.split.plan.request import MeasureRequest
+from mcp_vllm.split.plan.shape import ModelShape
 from mcp_vllm.split.plan.stage_probe import probe_stage
 from mcp_vllm.vllm_plugin.shared_cores import share_cores
 from tests.integration.split_parts import stage_of
@@ -49,7 +50,10 @@ from tests.shaped_link import ShapedLink
 
 REPOSITORY = Path(__file__).parents[1]
 BUDGET, CONTEXT = 256, 1024
-ANSWER, REPEAT = 12, 1
+ANSWER = 12
+# Prompts of each case in a round, after one that warms up; bursts of an engine's decode steps, and
+# the steps of each, after one that is not counted.
+PROMPTS_EACH, BURSTS, BURST = 2, 4, 3
 PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
 SPLITS: dict[str, list[Split]] = {
     "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
@@ -70,8 +74,16 @@ class Case(NamedTuple):
     batch: int
 
 
-# What was asked for (ttft_s, token_s) -> all seconds of it.
+# What was asked for (ttft_s, token_s) -> the seconds of each round.
 Samples = defaultdict[str, list[float]]
+
+
+class Probes(NamedTuple):
+    """What the plan is made from, of every round."""
+
+    local: list[Figures]
+    stage: list[Figures]
+    links: dict[str, list[Transfer]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama,gemma")
     parser.add_argument("--dtype", help="default: the model's; float32 is quicker on some machines")
-    parser.add_argument("--rounds", type=int, default=4, help="how often each case is measured")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each case is measured")
     parser.add_argument("--json", type=Path, help="write all cases there")
     parser.add_argument("--keep", type=Path, help="a folder: keep the figures there")
     args = parser.parse_args()
@@ -126,33 +138,25 @@ def main() -> None:
 
 def compare(name: str, model: Path, args: argparse.Namespace) -> list[Row]:
     shape = read_model(str(model), args.dtype)
-    whole = (1, shape.num_layers - 1)
-    request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
-    local_figures = [measure_here(request, shares_cores=True)]
-    stage_figures: list[Figures] = []
-    links: dict[str, LinkFit] = {}
-    with stage_at(model, whole, shape.dtype) as way:
-        for label, delay_s, mbit_s in LINKS:
-            way.shape(delay_s, mbit_s)
-            figures, transfers = probe_stage(_config(whole, way), shape, LONGEST)
-            stage_figures.append(figures)
-            links[label] = fit_link(transfers)
-            _keep(args.keep, f"{name}-link-{len(links)}", transfers)
-        way.shape(0.0, None)
-        measured = _run_all(name, model, way, shape.dtype, args.rounds)
-    local_figures.append(measure_here(request, shares_cores=True))
+    with stage_at(model, (1, shape.num_layers - 1), shape.dtype) as way:
+        probes, measured = _run_all(name, model, way, shape, args.rounds)
     fits = []
-    for side, several in (("local", local_figures), ("cloud", stage_figures)):
+    for side, several in (("local", probes.local), ("cloud", probes.stage)):
         figures = _joined(several)
         _keep(args.keep, f"{name}-{side}", figures)
         fits.append(fit_machine(figures, shape, f"--{side}", as_stage=side == "cloud"))
     local, cloud = fits
+    links = {}
+    for number, (label, transfers) in enumerate(probes.links.items()):
+        link = LinkFigures(transfers=transfers)
+        _keep(args.keep, f"{name}-link-{number}", link)
+        links[label] = fit_link(link)
     print(f"{name}: local {local}\n  cloud {cloud}\n  links {links}", flush=True)
     rows = []
     for case, samples in measured.items():
         costs = CostModel(shape, local, cloud, links[case.link])
-        times, whole_times = ({what: typical(each[what]) for what in each} for each in samples)
-        rows += _rows(costs, name, case, times, whole_times)
+        times, beside = ({what: statistics.mean(each[what]) for what in each} for each in samples)
+        rows += _rows(costs, name, case, times, beside)
     print(*map(_line, rows), sep="\n", flush=True)
     return rows
 
@@ -220,7 +224,8 @@ def stage_at(model: Path, split: Split, dtype: str) -> Iterator[Way]:
             far, place = None, {}
         limits = ("--max-model-len", str(CONTEXT), "--dtype", dtype)
         layers = f"{split[0]}:{split[1]}"
-        options = ("--leases", "2", "--config", '{"insecure": true}', "--kv-bytes", "2GiB")
+        # The engine's, a probe's, and one that a link with delay has not given back yet.
+        options = ("--leases", "3", "--config", '{"insecure": true}', "--kv-bytes", "2GiB")
         stage = stack.enter_context(
             stage_of(model, layers, *options, vllm_args=limits, name="plan", **place)
         )
@@ -230,32 +235,55 @@ def stage_at(model: Path, split: Split, dtype: str) -> Iterator[Way]:
 
 
 def _run_all(
-    name: str, model: Path, way: Way, dtype: str, rounds: int
-) -> dict[Case, tuple[Samples, Samples]]:
-    """Seconds of every case, and of the whole engine beside it, in rounds: for minutes at a time a
-    virtual machine may be slower."""
+    name: str, model: Path, way: Way, shape: ModelShape, rounds: int
+) -> tuple[Probes, dict[Case, tuple[Samples, Samples]]]:
+    """What each round's plan would be made from, and what the split engine and the whole one took
+    in every case."""
+    probes = Probes([], [], defaultdict(list))
     samples: defaultdict[Case, tuple[Samples, Samples]]
     samples = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
     config = _config(SPLITS[name][0], way).model_dump(mode="json")
     is_split = {"mcp_split": json.dumps(config)}
-    with engine(model, dtype) as whole, engine(model, dtype, **is_split) as process:
+    dtype = shape.dtype
+    with engine(model, dtype, **is_split) as split_engine, engine(model, dtype) as whole:
         for _ in range(rounds):
+            _probe(model, way, shape, probes)
             for split in SPLITS[name]:
-                _tell(process, {"layers": split})
+                _tell(split_engine, {"layers": split})
                 for label, delay_s, mbit_s in LINKS:
                     way.shape(delay_s, mbit_s)
                     for prompt, batch in PROMPTS:
                         case = Case(split, label, prompt, batch)
-                        _ask(process, case, samples[case][0])
-                        _ask(whole, case, samples[case][1])
+                        _run(case, (split_engine, whole), samples[case])
                 way.shape(0.0, None)
-    return samples
+    return probes, samples
 
 
-def _ask(process: subprocess.Popen[str], case: Case, samples: Samples) -> None:
-    asked = {"prompt": case.prompt, "answer": ANSWER, "batch": case.batch, "repeat": REPEAT}
-    for what, seconds in _tell(process, asked).items():
-        samples[what] += seconds
+def _probe(model: Path, way: Way, shape: ModelShape, probes: Probes) -> None:
+    request = MeasureRequest.of(str(model), shape.dtype, shape.num_layers, LONGEST)
+    probes.local.append(measure_here(request, shares_cores=True))
+    for label, delay_s, mbit_s in LINKS:
+        way.shape(delay_s, mbit_s)
+        figures, link = probe_stage(_config((1, shape.num_layers - 1), way), shape, LONGEST)
+        probes.stage.append(figures)
+        probes.links[label] += link.transfers
+    way.shape(0.0, None)
+
+
+def _run(case: Case, engines: Sequence[subprocess.Popen[str]], samples: Sequence[Samples]) -> None:
+    """One round of it, the engines in turn."""
+    times = [Samples(list) for _ in engines]
+    turns = list(zip(engines, times, strict=True))
+    for repeat in range(1 + PROMPTS_EACH):
+        for process, seconds in turns[:: 1 if repeat % 2 else -1]:
+            answer = _tell(process, {"prompt": case.prompt, "batch": case.batch})
+            seconds["ttft_s"] += [answer["ttft_s"]] if repeat else []
+    for burst in range(BURSTS):
+        for process, seconds in turns[:: 1 if burst % 2 else -1]:
+            seconds["token_s"] += _tell(process, {"steps": 1 + BURST})["token_s"][1:]
+    for each, seconds in zip(samples, times, strict=True):
+        for what in seconds:
+            each[what].append(typical(seconds[what]))
 
 
 @contextmanager
@@ -272,7 +300,7 @@ def engine(model: Path, dtype: str, **more: Any) -> Iterator[subprocess.Popen[st
         "skip_tokenizer_init": True,
         "async_scheduling": False,
     }
-    log = REPOSITORY / "build" / "test-logs" / "plan-engine.log"
+    log = REPOSITORY / "build" / "test-logs" / f"plan-engine-{'split' if more else 'whole'}.log"
     with log.open("w") as errors:
         environment = {
             **os.environ,
@@ -304,7 +332,7 @@ def _tell(process: subprocess.Popen[str], line: dict[str, Any]) -> Any:
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
-        raise SystemExit("the engine has ended: see build/test-logs/plan-engine.log")
+        raise SystemExit("the engine has ended: see build/test-logs/plan-engine-*.log")
     return json.loads(answer)
 
 

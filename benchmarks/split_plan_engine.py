@@ -1,8 +1,9 @@
 """One engine that is told, line by line, what to run, and answers with times. For split_plan.py.
 
-{"engine": {...}}                                      once: the engine's arguments
-{"layers": [2, 6]}                                     these layers run at the stage from now on
-{"prompt": 160, "answer": 12, "batch": 1, "repeat": 4}  -> {"ttft_s": [...], "token_s": [...]}
+{"engine": {...}}             once: the engine's arguments
+{"layers": [2, 6]}            these layers run at the stage from now on
+{"prompt": 160, "batch": 4}   ends what runs, begins these -> {"ttft_s": of the first, alone}
+{"steps": 5}                  decode steps of all           -> {"token_s": [...]}
 """
 
 import json
@@ -21,27 +22,24 @@ def main() -> None:
 
     mcp_vllm.vllm_plugin.register()
     engine = LLM(**json.loads(sys.stdin.readline())["engine"]).llm_engine
-    number = 0
     span: tuple[int, int] | None = None
+    running: list[str] = []
     print(json.dumps({"ready": True}), file=out, flush=True)
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         asked = json.loads(line)
+        answer: dict[str, Any] = {}
         if "layers" in asked:
             span = tuple(asked["layers"])
+            end(engine, running)
             move(engine, span)
-            print(json.dumps({"moved": True}), file=out, flush=True)
-            continue
-        ttft_s: list[float] = []
-        token_s: list[float] = []
-        for repeat in range(asked["repeat"] + 1):
-            number += 1
-            first, rest = run(engine, str(number), asked)
+        elif "prompt" in asked:
+            end(engine, running)
+            running, answer["ttft_s"] = begin(engine, number, asked["prompt"], asked["batch"])
             if span is not None and span != held(engine):
                 sys.exit(f"layers {span} were asked for, {held(engine)} are at the stage")
-            if repeat:  # the first one warms up
-                ttft_s.append(first)
-                token_s += rest
-        print(json.dumps({"ttft_s": ttft_s, "token_s": token_s}), file=out, flush=True)
+        else:
+            answer["token_s"] = [step(engine, set()) for _ in range(asked["steps"])]
+        print(json.dumps(answer), file=out, flush=True)
 
 
 def move(engine: Any, span: tuple[int, int]) -> None:
@@ -57,15 +55,16 @@ def held(engine: Any) -> tuple[int, int] | None:
     return None if executor._link is None else executor._held.span
 
 
-def run(engine: Any, name: str, asked: dict[str, int]) -> tuple[float, list[float]]:
-    """Seconds to the first token of the first prompt, alone; then those of decode steps of all."""
+def begin(engine: Any, number: int, prompt: int, batch: int) -> tuple[list[str], float]:
+    """The names of requests that are decoding together now, and the seconds to the first token of
+    the first one, alone."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=10_000, ignore_eos=True, temperature=0.0, detokenize=False)
-    names = [f"{name}-{i}" for i in range(asked["batch"])]
+    names = [f"{number}-{i}" for i in range(batch)]
 
     def add(index: int) -> None:
-        tokens = [(index * 31 + int(name) * 17 + i * 7) % 97 + 3 for i in range(asked["prompt"])]
+        tokens = [(index * 31 + number * 17 + i * 7) % 97 + 3 for i in range(prompt)]
         engine.add_request(names[index], {"prompt_token_ids": tokens}, params)
 
     add(0)
@@ -73,17 +72,18 @@ def run(engine: Any, name: str, asked: dict[str, int]) -> tuple[float, list[floa
     answered: set[str] = set()
     while not answered:
         ttft_s += step(engine, answered)
-    for index in range(1, asked["batch"]):
+    for index in range(1, batch):
         add(index)
-    while len(answered) < asked["batch"]:
+    while len(answered) < batch:
         step(engine, answered)
-    step(engine, answered)
-    token_s = [step(engine, answered) for _ in range(asked["answer"])]
+    return names, ttft_s
+
+
+def end(engine: Any, names: list[str]) -> None:
     engine.abort_request(names)
     while engine.has_unfinished_requests():
-        step(engine, answered)
+        engine.step()
     engine.step()
-    return ttft_s, token_s
 
 
 def step(engine: Any, answered: set[str]) -> float:
