@@ -25,6 +25,8 @@ BUFFER_BYTES = 4 << 20
 # Received at once: the messages of a decode step are smaller, and each call takes its time.
 _AHEAD_BYTES = 32 << 10
 _TLS_BYTES = 128 << 10
+# After Soon: what it announces is there within two tenths of that.
+_AWAKE_S = 1e-3
 # A peer that vanished without a word is noticed after IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -68,6 +70,7 @@ class Channel:
         self._readable.register(connected, select.POLLIN)
         self._buffer = memoryview(bytearray(_AHEAD_BYTES))
         self._ahead = self._buffer[:0]
+        self._awake_until = 0.0
         self.max_metadata = wire.MAX_HELLO_BYTES
         self.max_payload = 0
         self.max_kv_payload = 0
@@ -92,7 +95,7 @@ class Channel:
                 raise StageLost(_reason(error)) from error
 
     def receive(self, patience: Patience = Patience()) -> Message:
-        """The next message that is neither Ping (answered here) nor Pong.
+        """The next message that is neither Ping (answered here) nor Pong nor Soon.
 
         Raises:
             StageLost: the connection is gone, or silent for too long.
@@ -140,14 +143,16 @@ class Channel:
         self._socket.close()
 
     def _frame(self, header: bytearray, patience: Patience, until: float | None) -> Message | None:
-        """What belongs to `header`; None after a heartbeat, which is answered."""
+        """What belongs to `header`; None after a heartbeat, which is answered, and after Soon."""
         bounds = self.max_metadata, self.max_payload, self.max_kv_payload
         parsed = wire.unpack_header(header, *bounds)
         metadata = self._read(parsed.metadata_bytes, patience, until)
         payload = self._read(parsed.payload_bytes, patience, until)
         if parsed.kind == Kind.PING:
             self.send(Kind.PONG, patience=patience)
-        if parsed.kind in (Kind.PING, Kind.PONG):
+        if parsed.kind == Kind.SOON:
+            self._awake_until = time.monotonic() + _AWAKE_S
+        if parsed.kind in (Kind.PING, Kind.PONG, Kind.SOON):
             return None
         return Message(parsed.kind, parsed.step, metadata, payload)
 
@@ -216,12 +221,11 @@ class Channel:
         """
         if self._socket.fileno() < 0:
             raise ValueError("the connection was closed")
-        wait_ms = None if timeout_s is None else timeout_s * 1000
         if self._sends_parts:
-            return self._socket.recv_into(view) if self._readable.poll(wait_ms) else None
+            return self._socket.recv_into(view) if self._comes(timeout_s) else None
         # OpenSSL's connections are not for two threads at once: wait outside the lock, read inside.
         assert isinstance(self._socket, ssl.SSLSocket)
-        if not self._socket.pending() and not self._readable.poll(wait_ms):
+        if not self._socket.pending() and not self._comes(timeout_s):
             return None
         with self._lock:
             self._socket.settimeout(0)
@@ -229,6 +233,14 @@ class Channel:
                 return self._socket.recv_into(view)
             except (ssl.SSLWantReadError, BlockingIOError):
                 return None
+
+    def _comes(self, timeout_s: float | None) -> bool:
+        """Whether something does in time. What was said to come soon is waited for awake: to be
+        woken takes a thread as long as the other side takes for it."""
+        while timeout_s != 0 and time.monotonic() < self._awake_until:
+            if self._readable.poll(0):
+                return True
+        return bool(self._readable.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def connect(

@@ -76,6 +76,14 @@ class Link:
             raise StageLost(_unasked(unasked))
         self.channel.send(Kind.STEP, step, step=number, patience=self.patience)
 
+    def announce(self) -> None:
+        """Let a stage that shares our cores wake while the step's activations are encoded.
+
+        Raises StageLost.
+        """
+        if self.welcome.shares_cores:
+            self.channel.send(Kind.SOON, patience=self.patience)
+
     def run(
         self,
         number: int,

@@ -64,8 +64,9 @@ class Lease(Protocol):
 
         Raises StageRefused: too many, or not what these layers have."""
 
-    def run(self, step: Step, take: Take) -> Activations:
-        """Run a step. Raises StageRefused."""
+    def run(self, step: Step, take: Take, computed: Callable[[], None]) -> Activations:
+        """Run a step. Calls `computed` when the layers are through, and their result still has to
+        be put into order. Raises StageRefused."""
 
     def settle(self, step: Step) -> None:
         """Take note of a step in which nothing runs. Raises StageRefused."""
@@ -273,7 +274,11 @@ class _LeaseThread:
             rows = form.decode(message.payload, step.num_tokens, self._backend.device)
             return order, rows.to(self._backend.dtype)
 
-        payload = form.encode(lease.run(step, take).to(form.dtype))
+        def computed() -> None:
+            if lease.welcome.shares_cores:
+                self._channel.send(Kind.SOON)
+
+        payload = form.encode(lease.run(step, take, computed).to(form.dtype))
         seconds = time.perf_counter() - started
         layers = lease.layer_seconds() if self._hello.measuring else []
         self._channel.send(Kind.REPLY, StepSeconds(seconds, layers), payload, number)

@@ -161,3 +161,39 @@ def test_a_message_in_pieces_is_one_message(ends):
     writer.join()
     assert wire.decode(Acts, message.metadata).order == [1, 2]
     assert message.payload == b"ab" + b"cd" * 40_000
+
+
+class Polls:
+    """Counts a channel's looks at its socket, in place of its `poll` object."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._poll = channel._readable.poll
+        self.timeouts: list[float | None] = []
+        channel._readable = self
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        self.timeouts.append(timeout)
+        return self._poll(timeout)
+
+
+def test_what_comes_soon_is_waited_for_awake_and_not_for_ever(ends):
+    ours, channel = ends
+    polls, received = Polls(channel), []
+    receiver = threading.Thread(target=lambda: received.append(channel.receive()))
+    receiver.start()
+    wait_for("the receiver to sleep", lambda: polls.timeouts == [None])
+    ours.sendall(packed(Kind.SOON))
+    wait_for("it to sleep again", lambda: len(polls.timeouts) > 1 and polls.timeouts[-1] is None)
+    awake = polls.timeouts[1:-1]
+    assert awake == [0] * len(awake) != []
+    ours.sendall(packed(Kind.REPLY, b"rows", step=4))
+    receiver.join(10)
+    assert [(each.kind, each.payload) for each in received] == [(Kind.REPLY, b"rows")]
+
+
+def test_looking_for_messages_does_not_wait_for_what_comes_soon(ends):
+    ours, channel = ends
+    polls = Polls(channel)
+    ours.sendall(packed(Kind.SOON))
+    assert channel.poll(PATIENCE) is None
+    assert polls.timeouts == [0, 0]

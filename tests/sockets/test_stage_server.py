@@ -1,5 +1,6 @@
 """Engine and stage over real sockets; the layers are simulated."""
 
+import dataclasses
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ from stages_for_tests import (
     KV_INIT,
     PAGE_BYTES,
     AddingLayers,
+    AddingLease,
     dialled,
     leased,
     raw_connection,
@@ -29,7 +31,7 @@ from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
 from mcp_vllm.split.errors import SplitError, StageLost, StageRefused
 from mcp_vllm.split.watch import Watch
-from mcp_vllm.split.wire import Kind, KvBlocks, Step
+from mcp_vllm.split.wire import Acts, Kind, KvBlocks, Step
 from tests.waiting import wait_for
 
 
@@ -51,6 +53,37 @@ def test_a_step_runs_at_the_stage_and_its_rows_come_back(form):
         assert stage.count("tokens_total") == 15
         link.close()
         wait_for("the lease to end", lambda: not stage.backend.leases)
+
+
+@pytest.mark.parametrize("shares_cores", [True, False])
+def test_where_cores_are_shared_both_sides_say_what_comes_soon(monkeypatch, shares_cores):
+    welcome = msgspec.structs.replace(AddingLease.welcome, shares_cores=shares_cores)
+    monkeypatch.setattr(AddingLease, "welcome", welcome)
+    expected = [Kind.SOON] if shares_cores else []
+    with running_stage() as stage:
+        link = leased(stage.address)
+        link.begin(1, step_of(2))
+        link.announce()
+        assert torch.equal(link.run(1, [1], rows_of(2)).activations.hidden, rows_of(2).hidden + 1)
+        link.begin(2, step_of(2))
+        link.channel.send(Kind.ACTS, Acts([1]), link.form.encode(rows_of(2)), 2)
+        assert kinds_until(Kind.REPLY, link.channel) == expected
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        dataclasses.replace(link, channel=Channel(ours)).announce()
+        Channel(ours).send(Kind.BYE)
+        assert kinds_until(Kind.BYE, Channel(theirs)) == expected
+
+
+def kinds_until(last: Kind, channel: Channel) -> list[Kind]:
+    """The kinds of messages before one, as they are on the wire."""
+    kinds = []
+    while True:
+        header = channel._read(wire.HEADER.size, Patience(silence_s=5.0), None)
+        kind = wire.unpack_header(header, 1 << 10, 1 << 10).kind
+        if kind == last:
+            return kinds
+        kinds.append(kind)
 
 
 def test_a_step_without_tokens_is_settled_and_not_answered():

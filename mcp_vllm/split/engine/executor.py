@@ -236,6 +236,7 @@ class SplitExecutor(UniProcExecutor):
             used = noisy_batch(self._noise, used, {each: self._counts[each] for each in req_ids})
         started = time.perf_counter()
         try:
+            self._link.announce()
             with self._helpers.resting():
                 answer = self._link.run(self._number, order, used, self._helpers.call)
         except StageLost as error:

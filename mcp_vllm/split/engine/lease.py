@@ -156,7 +156,7 @@ class StageLease:
         return KvPlan(num_blocks, list(limits.block_sizes), limits.max_model_len)
 
     @torch.inference_mode()
-    def run(self, step: Step, take: Take) -> Activations:
+    def run(self, step: Step, take: Take, computed: Callable[[], None]) -> Activations:
         output = self._decode(step)
         with self._turn.lock:
             self._turn.bind(self, self._span, self._kv_caches)
@@ -165,6 +165,7 @@ class StageLease:
                 result = self._runner.execute_model(output, IntermediateTensors({}))
             finally:
                 self._turn.entry.wait = None
+            computed()
             if self._timer is not None:
                 self._layer_seconds = list(self._timer.seconds)
             self._helpers.rest()  # until the next step's activations are there

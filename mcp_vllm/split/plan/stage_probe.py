@@ -191,6 +191,7 @@ class _Probe:
         beginning = time.perf_counter() - started
         self._wait()  # the stage prepares, and waits as for the engine's layers
         started = time.perf_counter()
+        link.announce()
         payload = link.form.encode(Activations(rows, residual))
         order = Acts([alias for alias, _ in self._send.scheduled])
         link.channel.send(Kind.ACTS, order, payload, self._number, link.patience)

@@ -94,10 +94,11 @@ class AddingLease:
     def write_kv(self, given: KvBlocks, pages: bytearray) -> None:
         self.pages[given.blocks] = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)
 
-    def run(self, step: Step, take: Take) -> Activations:
+    def run(self, step: Step, take: Take, computed: Callable[[], None]) -> Activations:
         order, rows = take(lambda: None)
         assert sorted(order) == sorted(alias for alias, _ in step.scheduled)
         self._backend.during_step()
+        computed()
         assert rows.residual is not None
         return Activations(rows.hidden + 1, rows.residual + 2)
 
@@ -130,7 +131,7 @@ class PagedLease(AddingLease):
         assert kv_init == KvInit(0, None, [])
         return self.PLAN
 
-    def run(self, step: Step, take: Take) -> Activations:
+    def run(self, step: Step, take: Take, computed: Callable[[], None]) -> Activations:
         self.steps.append(step)
         for alias in step.finished:
             del self.tables[alias]
@@ -188,9 +189,9 @@ class MeasuredLease(AddingLease):
     def init_kv(self, kv_init: KvInit) -> None:
         self.kv_init = kv_init
 
-    def run(self, step: Step, take: Take) -> Activations:
+    def run(self, step: Step, take: Take, computed: Callable[[], None]) -> Activations:
         self.steps.append(step)
-        return super().run(step, take)
+        return super().run(step, take, computed)
 
     def layer_seconds(self) -> list[float]:
         return list(self.LAYER_S)
