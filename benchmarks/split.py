@@ -214,7 +214,10 @@ def step(engine, layers: Layers) -> list[float]:
     started = time.perf_counter()
     engine.step()
     parts = [time.perf_counter() - started, layers.seconds]
-    if (split := getattr(executor_of(engine), "last_step", None)) is not None:
+    executor = executor_of(engine)
+    if getattr(executor, "_link", engine) is None:
+        sys.exit("the stage was lost")
+    if (split := getattr(executor, "last_step", None)) is not None:
         parts += [split.stage, split.link]
     return [round(each * 1000, 3) for each in parts]
 
@@ -240,7 +243,7 @@ def measure_round(
     for name in engines:
         ask(engines[name], {"begin": batch})
     for number in range(bursts):
-        for name in list(engines) if number % 2 else list(reversed(engines)):
+        for name in list(reversed(engines)) if number % 2 else list(engines):
             counted = ask(engines[name], {"burst": 1 + BURST})[1:]
             parts = (name, f"  layers, {name}", "  its stage", "  its way")
             for part, values in zip(parts, zip(*counted, strict=True), strict=False):

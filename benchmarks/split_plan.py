@@ -7,7 +7,8 @@ three lengths over a shaped link; a whole engine takes its turns with it, burst 
 in rounds, and before each, this machine and a stage are measured as the command measures them (the
 stage holds all layers but the first and the last), and each link through the stage: a virtual
 machine may be twice as slow for seconds or minutes. Repeated times count with their lower quartile
-in a round and the mean of the rounds, measured and predicted alike.
+in a round and the mean of the rounds, measured and predicted alike (of two prompts the quartile is
+near their mean; a link is fitted to the transfers of all rounds).
 """
 
 import argparse

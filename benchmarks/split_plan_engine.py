@@ -35,10 +35,10 @@ def main() -> None:
         elif "prompt" in asked:
             end(engine, running)
             running, answer["ttft_s"] = begin(engine, number, asked["prompt"], asked["batch"])
-            if span is not None and span != held(engine):
-                sys.exit(f"layers {span} were asked for, {held(engine)} are at the stage")
         else:
             answer["token_s"] = [step(engine, set()) for _ in range(asked["steps"])]
+        if answer and span is not None and span != held(engine):
+            sys.exit(f"layers {span} were asked for, {held(engine)} are at the stage")
         print(json.dumps(answer), file=out, flush=True)
 
 

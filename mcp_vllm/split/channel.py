@@ -25,7 +25,7 @@ BUFFER_BYTES = 4 << 20
 # Received at once: the messages of a decode step are smaller, and each call takes its time.
 _AHEAD_BYTES = 32 << 10
 _TLS_BYTES = 128 << 10
-# After Soon: what it announces is there within two tenths of that.
+# After Soon: what it announces is there within two tenths of that, in a decode step.
 _AWAKE_S = 1e-3
 # A peer that vanished without a word is noticed after IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -60,6 +60,7 @@ class Channel:
     Attributes:
         max_metadata, max_payload, max_kv_payload: bytes that the next message may have, if it
             carries pages of KV the last of these.
+        heeds_soon: whether Soon keeps a thread that receives awake; else it means nothing.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -71,6 +72,7 @@ class Channel:
         self._buffer = memoryview(bytearray(_AHEAD_BYTES))
         self._ahead = self._buffer[:0]
         self._awake_until = 0.0
+        self.heeds_soon = False
         self.max_metadata = wire.MAX_HELLO_BYTES
         self.max_payload = 0
         self.max_kv_payload = 0
@@ -150,8 +152,8 @@ class Channel:
         payload = self._read(parsed.payload_bytes, patience, until)
         if parsed.kind == Kind.PING:
             self.send(Kind.PONG, patience=patience)
-        if parsed.kind == Kind.SOON:
-            self._awake_until = time.monotonic() + _AWAKE_S
+        awake_s = _AWAKE_S if self.heeds_soon and parsed.kind == Kind.SOON else 0.0
+        self._awake_until = time.monotonic() + awake_s
         if parsed.kind in (Kind.PING, Kind.PONG, Kind.SOON):
             return None
         return Message(parsed.kind, parsed.step, metadata, payload)

@@ -280,6 +280,7 @@ class Stages:
             raise
         channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         channel.max_kv_payload = wire.MAX_KV_BYTES
+        channel.heeds_soon = welcome.shares_cores
         patience = replace(patience, total_s=self._patience_s(stage))
         return Link(stage, welcome, form, channel, patience)
 

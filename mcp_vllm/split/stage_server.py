@@ -249,6 +249,7 @@ class _LeaseThread:
         form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         self._channel.max_kv_payload = wire.MAX_KV_BYTES
+        self._channel.heeds_soon = welcome.shares_cores
         self._channel.send(Kind.WELCOME, welcome)
         kv_init = wire.decode(KvInit, expect(self._inbox.take(), Kind.KV_INIT).metadata)
         self._channel.send(Kind.OK, lease.init_kv(kv_init))

@@ -34,9 +34,9 @@ and blocks of its own layers, and Ok carries that KvPlan.
 
 Steps are numbered from 1, and Acts and Reply carry their step's number: any other is an error.
 At any time each side may send Ping, which is answered by Pong at once; during a step and while the
-stage still loads, after some hundredths of a second at most. Where both sides have the same cores,
-each says Soon when Acts or Reply follow within a moment, and the other one wakes. After Error
-nothing follows.
+stage still loads, after some hundredths of a second at most. Where an engine and its stage
+have the same cores, each says Soon when Acts or Reply follow within a moment, and the other one
+wakes. After Error nothing follows.
 
 What a step says of requests: aliases (numbers that mean nothing elsewhere), lengths, block ids and
 counts. Token ids, text and sampling parameters have no field.

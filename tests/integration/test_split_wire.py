@@ -6,6 +6,7 @@ import struct
 import msgspec
 import pytest
 
+from mcp_vllm.split import wire
 from tests.integration.split_engine import Request
 from tests.integration.split_parts import (
     Proxy,
@@ -71,6 +72,9 @@ def test_the_wire_carries_no_tokens_text_or_sampling_parameters(gemma_model):
         assert stage.metric("mcp_stage_steps_total") > 16
         log = stage.log.read_bytes()
     seen = bytes(proxy.sent + proxy.received)
+    soon = wire.pack_header(wire.Kind.SOON, 0, 0, 0)
+    assert soon in proxy.sent  # for they share this machine's cores
+    assert soon in proxy.received
     # 2 x 640 bf16 values a token and direction: this is the traffic of those requests.
     assert len(seen) > 2 * 2560 * sum(len(each) for each in prompts)
     secret = secrets(prompts, answers)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from mcp_vllm.split import channel as channel_module
 from mcp_vllm.split import wire
 from mcp_vllm.split.channel import Channel, Patience
 from mcp_vllm.split.errors import StageLost, WireError
@@ -176,8 +177,10 @@ class Polls:
         return self._poll(timeout)
 
 
-def test_what_comes_soon_is_waited_for_awake_and_not_for_ever(ends):
+def test_what_comes_soon_is_waited_for_awake_and_not_for_ever(ends, monkeypatch):
+    monkeypatch.setattr(channel_module, "_AWAKE_S", 0.2)
     ours, channel = ends
+    channel.heeds_soon = True
     polls, received = Polls(channel), []
     receiver = threading.Thread(target=lambda: received.append(channel.receive()))
     receiver.start()
@@ -191,8 +194,22 @@ def test_what_comes_soon_is_waited_for_awake_and_not_for_ever(ends):
     assert [(each.kind, each.payload) for each in received] == [(Kind.REPLY, b"rows")]
 
 
+def test_where_cores_are_not_shared_what_comes_soon_is_no_reason_to_stay_awake(ends):
+    ours, channel = ends
+    polls = Polls(channel)
+    ours.sendall(packed(Kind.SOON) + packed(Kind.STEP, step=1))
+    assert channel.receive(PATIENCE).step == 1
+    receiver = threading.Thread(target=channel.receive)
+    receiver.start()
+    wait_for("the receiver to sleep", lambda: polls.timeouts == [10_000, None])
+    ours.sendall(packed(Kind.STEP, step=2))
+    receiver.join(10)
+    assert not receiver.is_alive()
+
+
 def test_looking_for_messages_does_not_wait_for_what_comes_soon(ends):
     ours, channel = ends
+    channel.heeds_soon = True
     polls = Polls(channel)
     ours.sendall(packed(Kind.SOON))
     assert channel.poll(PATIENCE) is None

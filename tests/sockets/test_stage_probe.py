@@ -16,6 +16,7 @@ from stages_for_tests import (
 
 from mcp_vllm.config.split import SplitConfig
 from mcp_vllm.split.errors import SplitError, StageRefused
+from mcp_vllm.split.link import Link
 from mcp_vllm.split.plan import stage_probe
 from mcp_vllm.split.plan.cost import Load
 from mcp_vllm.split.plan.fit import fit_link, fit_machine
@@ -57,9 +58,12 @@ def test_cores_that_a_stage_shares_compute_while_it_waits(shares_cores, monkeypa
     compute = stage_probe._compute
     monkeypatch.setattr(stage_probe, "_compute", lambda *args: computed.append(compute(*args)))
     monkeypatch.setattr(stage_probe, "_idle", lambda: idle.append(None))
+    announced, announce = [], Link.announce
+    monkeypatch.setattr(Link, "announce", lambda link: announced.append(announce(link)))
     with running_stage() as stage:
         probe(stage.address)
         num_steps = len(stage.backend.measured.steps)
+    assert len(announced) == num_steps  # as an engine does
     assert (len(computed), len(idle)) == ((num_steps, 0) if shares_cores else (0, num_steps))
 
 

@@ -165,11 +165,11 @@ class StageLease:
                 result = self._runner.execute_model(output, IntermediateTensors({}))
             finally:
                 self._turn.entry.wait = None
-            computed()
             if self._timer is not None:
                 self._layer_seconds = list(self._timer.seconds)
-            self._helpers.rest()  # until the next step's activations are there
-            return rows.in_engine_order(result.tensors, step.num_tokens)
+        computed()  # others have their turn: this waits for the engine, if it does not read
+        self._helpers.rest()  # until the next step's activations are there
+        return rows.in_engine_order(result.tensors, step.num_tokens)
 
     @torch.inference_mode()
     def settle(self, step: Step) -> None:
