@@ -51,10 +51,10 @@ from tests.shaped_link import ShapedLink
 
 REPOSITORY = Path(__file__).parents[1]
 BUDGET, CONTEXT = 256, 1024
-ANSWER = 12
 # Prompts of each case in a round, after one that warms up; bursts of an engine's decode steps, and
 # the steps of each, after one that is not counted.
 PROMPTS_EACH, BURSTS, BURST = 2, 4, 3
+ANSWER = BURSTS * BURST
 PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
 SPLITS: dict[str, list[Split]] = {
     "llama": [(1, 2), (1, 5), (2, 6), (3, 7), (4, 6)],
