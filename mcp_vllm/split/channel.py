@@ -60,7 +60,8 @@ class Channel:
     Attributes:
         max_metadata, max_payload, max_kv_payload: bytes that the next message may have, if it
             carries pages of KV the last of these.
-        heeds_soon: whether Soon keeps a thread that receives awake; else it means nothing.
+        shares_cores: with the other side: Soon is said, and keeps a thread that receives awake;
+            else it is not, and means nothing.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -72,7 +73,7 @@ class Channel:
         self._buffer = memoryview(bytearray(_AHEAD_BYTES))
         self._ahead = self._buffer[:0]
         self._awake_until = 0.0
-        self.heeds_soon = False
+        self.shares_cores = False
         self.max_metadata = wire.MAX_HELLO_BYTES
         self.max_payload = 0
         self.max_kv_payload = 0
@@ -95,6 +96,14 @@ class Channel:
                 self._send_all(parts, patience.silence_s)
             except OSError as error:
                 raise StageLost(_reason(error)) from error
+
+    def announce(self, patience: Patience = Patience()) -> None:
+        """Let the other side wake for what this one sends next, where they share cores.
+
+        Raises StageLost, as `send` does.
+        """
+        if self.shares_cores:
+            self.send(Kind.SOON, patience=patience)
 
     def receive(self, patience: Patience = Patience()) -> Message:
         """The next message that is neither Ping (answered here) nor Pong nor Soon.
@@ -152,7 +161,7 @@ class Channel:
         payload = self._read(parsed.payload_bytes, patience, until)
         if parsed.kind == Kind.PING:
             self.send(Kind.PONG, patience=patience)
-        awake_s = _AWAKE_S if self.heeds_soon and parsed.kind == Kind.SOON else 0.0
+        awake_s = _AWAKE_S if self.shares_cores and parsed.kind == Kind.SOON else 0.0
         self._awake_until = time.monotonic() + awake_s
         if parsed.kind in (Kind.PING, Kind.PONG, Kind.SOON):
             return None

@@ -81,8 +81,7 @@ class Link:
 
         Raises StageLost.
         """
-        if self.welcome.shares_cores:
-            self.channel.send(Kind.SOON, patience=self.patience)
+        self.channel.announce(self.patience)
 
     def run(
         self,
@@ -280,7 +279,7 @@ class Stages:
             raise
         channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         channel.max_kv_payload = wire.MAX_KV_BYTES
-        channel.heeds_soon = welcome.shares_cores
+        channel.shares_cores = welcome.shares_cores
         patience = replace(patience, total_s=self._patience_s(stage))
         return Link(stage, welcome, form, channel, patience)
 

@@ -249,7 +249,7 @@ class _LeaseThread:
         form = Form(self._hello.form, welcome.width, dtype, "residual" in welcome.tensors)
         self._channel.max_payload = form.payload_bytes(self._hello.max_tokens)
         self._channel.max_kv_payload = wire.MAX_KV_BYTES
-        self._channel.heeds_soon = welcome.shares_cores
+        self._channel.shares_cores = welcome.shares_cores
         self._channel.send(Kind.WELCOME, welcome)
         kv_init = wire.decode(KvInit, expect(self._inbox.take(), Kind.KV_INIT).metadata)
         self._channel.send(Kind.OK, lease.init_kv(kv_init))
@@ -275,11 +275,8 @@ class _LeaseThread:
             rows = form.decode(message.payload, step.num_tokens, self._backend.device)
             return order, rows.to(self._backend.dtype)
 
-        def computed() -> None:
-            if lease.welcome.shares_cores:
-                self._channel.send(Kind.SOON)
-
-        payload = form.encode(lease.run(step, take, computed).to(form.dtype))
+        rows = lease.run(step, take, computed=self._channel.announce)
+        payload = form.encode(rows.to(form.dtype))
         seconds = time.perf_counter() - started
         layers = lease.layer_seconds() if self._hello.measuring else []
         self._channel.send(Kind.REPLY, StepSeconds(seconds, layers), payload, number)

@@ -180,7 +180,7 @@ class Polls:
 def test_what_comes_soon_is_waited_for_awake_and_not_for_ever(ends, monkeypatch):
     monkeypatch.setattr(channel_module, "_AWAKE_S", 0.2)
     ours, channel = ends
-    channel.heeds_soon = True
+    channel.shares_cores = True
     polls, received = Polls(channel), []
     receiver = threading.Thread(target=lambda: received.append(channel.receive()))
     receiver.start()
@@ -209,7 +209,7 @@ def test_where_cores_are_not_shared_what_comes_soon_is_no_reason_to_stay_awake(e
 
 def test_looking_for_messages_does_not_wait_for_what_comes_soon(ends):
     ours, channel = ends
-    channel.heeds_soon = True
+    channel.shares_cores = True
     polls = Polls(channel)
     ours.sendall(packed(Kind.SOON))
     assert channel.poll(PATIENCE) is None

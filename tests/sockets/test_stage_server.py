@@ -70,8 +70,10 @@ def test_where_cores_are_shared_both_sides_say_what_comes_soon(monkeypatch, shar
         assert kinds_until(Kind.REPLY, link.channel) == expected
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        dataclasses.replace(link, channel=Channel(ours)).announce()
-        Channel(ours).send(Kind.BYE)
+        channel = Channel(ours)
+        channel.shares_cores = link.channel.shares_cores
+        dataclasses.replace(link, channel=channel).announce()
+        channel.send(Kind.BYE)
         assert kinds_until(Kind.BYE, Channel(theirs)) == expected
 
 
