@@ -1,6 +1,8 @@
 """A stage is measured with steps that a lease could have, and says its own times."""
 
 import dataclasses
+import itertools
+from collections import Counter
 
 import msgspec
 import pytest
@@ -25,6 +27,11 @@ from mcp_vllm.split.wire import Step
 
 LOAD = Load(prompt=90, answer=10, batch=4, budget=64)
 SHAPE = dataclasses.replace(shape_of_layers(5), hidden=WIDTH)
+
+
+@pytest.fixture(autouse=True)
+def _steps_do_not_wait(monkeypatch):
+    monkeypatch.setattr(stage_probe, "WAIT_S", 0.0)
 
 
 def probe(address: str, shape=SHAPE, **settings):
@@ -84,6 +91,17 @@ def test_every_step_is_one_that_an_engine_could_send() -> None:
         for each in step.continued:
             assert held[each.alias][0] == each.num_computed
         check_counts(step, held)
+
+
+def test_each_kind_of_step_is_timed_several_times_with_others_between() -> None:
+    with running_stage() as stage:
+        probe(stage.address)
+        steps = stage.backend.measured.steps
+    prefills = [step.new[0] for step in steps if step.new and step.scheduled[0][1] > 1]
+    kinds = [(each.num_computed, each.prompt_len) for each in prefills]
+    rows = [kind for kind, _ in itertools.groupby(kinds)]
+    assert len(set(rows)) > 2
+    assert set(Counter(rows).values()) == {stage_probe._ROUNDS}
 
 
 def check_counts(step: Step, held: dict[int, tuple[int, int]]) -> None:

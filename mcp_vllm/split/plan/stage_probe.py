@@ -46,7 +46,9 @@ from mcp_vllm.split.wire import (
     StepSeconds,
 )
 
-_REPEAT = 8
+# Steps of one work in a row, of which the first does not count, and how often all works come round:
+# a virtual machine may be twice as slow for tenths of a second, longer than a row takes.
+_ROW, _ROUNDS = 3, 4
 _READ_BYTES = 1 << 20
 _CORES = os.cpu_count() or 1
 
@@ -61,7 +63,7 @@ def probe_stage(config: SplitConfig, shape: ModelShape, load: Load) -> tuple[Fig
     dtype: torch.dtype = getattr(torch, shape.dtype)
     hello = Hello(
         facts={},
-        max_model_len=load.context + 2 * _REPEAT,
+        max_model_len=load.context + 2 * _ROW,
         max_requests=max(2, load.batch),
         max_tokens=max(load.budget, load.batch, 2),
         form=config.form,
@@ -127,23 +129,26 @@ class _Probe:
 
     def measure(self, load: Load) -> tuple[Figures, LinkFigures]:
         works = list(_works(load))
-        needed = max(sum(map(len, self._blocks(each, _REPEAT))) for each in works)
+        needed = max(sum(map(len, self._blocks(each, _ROW))) for each in works)
         kv_init = KvInit(1 + needed, None, self._groups)
         self._link.init_kv(kv_init, self._load_s)
-        for work in works:
+        for work in works * _ROUNDS:
             if work.is_decode:
                 self._decode(work)
             else:
-                for repeat in range(_REPEAT):
-                    self._start(work, work.context)
-                    self._step(work, keep=repeat > 0)
+                self._prefill(work)
         return self._figures(), self._transfers()
+
+    def _prefill(self, work: Work) -> None:
+        for i in range(_ROW):
+            self._start(work, work.context)
+            self._step(work, keep=i > 0)
 
     def _decode(self, work: Work) -> None:
         """A batch that goes on, one token each, from a context that was never computed."""
-        aliases = self._start(work, work.context + _REPEAT)
+        aliases = self._start(work, work.context + _ROW)
         self._step(work, keep=False)
-        for i in range(1, _REPEAT):
+        for i in range(1, _ROW):
             self._send = Step(
                 finished=[],
                 new=[],
