@@ -7,8 +7,8 @@ three lengths over a shaped link; a whole engine takes its turns with it, burst 
 in rounds, and before each, this machine and a stage are measured as the command measures them (the
 stage holds all layers but the first and the last), and each link through the stage: a virtual
 machine may be twice as slow for seconds or minutes. Repeated times count with their lower quartile
-in a round and the mean of the rounds, measured and predicted alike (of two prompts the quartile is
-near their mean; a link is fitted to the transfers of all rounds).
+in a round and the mean of the rounds, measured and predicted alike (a link is fitted to the
+transfers of all rounds).
 """
 
 import argparse
@@ -53,7 +53,7 @@ REPOSITORY = Path(__file__).parents[1]
 BUDGET, CONTEXT = 256, 1024
 # Prompts of each case in a round, after one that warms up; bursts of an engine's decode steps, and
 # the steps of each, after one that is not counted.
-PROMPTS_EACH, BURSTS, BURST = 2, 4, 3
+PROMPTS_EACH, BURSTS, BURST = 4, 4, 3
 ANSWER = BURSTS * BURST
 PROMPTS = ((32, 1), (200, 4), (600, 1))  # tokens, requests at once
 SPLITS: dict[str, list[Split]] = {

@@ -21,7 +21,14 @@ import torch
 
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
-from mcp_vllm.split.plan.figures import WAIT_S, Figures, LayerTime, StepTime, typical
+from mcp_vllm.split.plan.figures import (
+    WAIT_S,
+    Figures,
+    LayerTime,
+    StepTime,
+    typical,
+    typical_layers,
+)
 from mcp_vllm.split.plan.request import MeasureRequest
 from mcp_vllm.split.plan.shape import Work
 
@@ -140,8 +147,8 @@ def measure(request: MeasureRequest) -> Figures:
     for work, timed in measured.items():
         step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
         rest.append(StepTime(**step, seconds=typical(timed.rest)))
-        for index, seconds in enumerate(zip(*timed.layers, strict=True)):
-            layers.append(LayerTime(**step, first=index, end=index + 1, seconds=typical(seconds)))
+        for index, seconds in enumerate(typical_layers(timed.layers)):
+            layers.append(LayerTime(**step, first=index, end=index + 1, seconds=seconds))
     return Figures(
         kind="engine",
         machine=machine_name(),

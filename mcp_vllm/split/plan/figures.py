@@ -20,6 +20,7 @@ _MAX_FILE_BYTES = 16 << 20
 _MAX_SAMPLES = 20_000
 # How long a measured step waits, as one of a split does: longer than OpenMP's threads spin.
 WAIT_S = 0.02
+_LEAST_S = 1e-9  # of a layer
 Seconds = Annotated[float, Field(gt=0, lt=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Name = Annotated[str, Field(max_length=200)]
@@ -131,6 +132,17 @@ def typical(seconds: Sequence[float]) -> float:
     """The lower quartile of repeated measurements: other processes make steps slower, never
     quicker, so on a busy machine it says more of this one than the median."""
     return float(np.quantile(seconds, 0.25))
+
+
+def typical_layers(steps: Sequence[Sequence[float]]) -> list[float]:
+    """Each layer's seconds in a typical step, of repeated steps [step][layer].
+
+    They sum up to what is typical of the steps: one that lasts longer than a machine's quick
+    moments has slow ones, too, and never the quickest of every layer.
+    """
+    quickest = [typical(each) for each in zip(*steps, strict=True)]
+    scale = typical([sum(each) for each in steps]) / max(sum(quickest), _LEAST_S)
+    return [max(each * scale, _LEAST_S) for each in quickest]
 
 
 def read_figures(path: Path, flag: str) -> Figures:

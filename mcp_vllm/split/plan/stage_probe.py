@@ -32,6 +32,7 @@ from mcp_vllm.split.plan.figures import (
     StepTime,
     Transfer,
     typical,
+    typical_layers,
 )
 from mcp_vllm.split.plan.shape import ModelShape, Work
 from mcp_vllm.split.wire import (
@@ -232,12 +233,8 @@ class _Probe:
         for work, repeats in self._layers.items():
             step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
             rest.append(StepTime(**step, seconds=typical(self._rest[work])))
-            for index, seconds in enumerate(zip(*repeats, strict=True), self._first):
-                layers.append(
-                    LayerTime(
-                        **step, first=index, end=index + 1, seconds=max(typical(seconds), 1e-9)
-                    )
-                )
+            for index, seconds in enumerate(typical_layers(repeats), self._first):
+                layers.append(LayerTime(**step, first=index, end=index + 1, seconds=seconds))
         about = self._about
         return Figures.model_validate(
             {

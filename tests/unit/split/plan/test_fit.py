@@ -15,6 +15,7 @@ from mcp_vllm.split.plan.figures import (
     Transfer,
     read_figures,
     typical,
+    typical_layers,
     write_figures,
 )
 from mcp_vllm.split.plan.fit import LinkFit, fit_link, fit_machine
@@ -193,6 +194,12 @@ def test_too_few_figures_are_refused() -> None:
 
 def test_the_typical_time_is_not_moved_by_slow_ones() -> None:
     assert typical([1.0, 1.0, 1.1, 50.0, 90.0]) == 1.0
+
+
+def test_the_typical_layers_are_those_of_a_step_and_not_the_quickest_of_each() -> None:
+    assert typical_layers([[2.0, 1.0], [1.0, 2.0]] * 2) == [1.5, 1.5]
+    assert typical_layers([[2.0, 1.0], [2.0, 1.0], [20.0, 1.0], [2.0, 10.0]]) == [2.0, 1.0]
+    assert typical_layers([[0.0, 0.0]]) == [1e-9, 1e-9]
 
 
 @pytest.mark.parametrize(
