@@ -21,14 +21,7 @@ import torch
 
 from mcp_vllm.split.engine.layer_timer import LayerTimer
 from mcp_vllm.split.engine.machine import free_bytes, machine_name, native_dtypes
-from mcp_vllm.split.plan.figures import (
-    WAIT_S,
-    Figures,
-    LayerTime,
-    StepTime,
-    typical,
-    typical_layers,
-)
+from mcp_vllm.split.plan.figures import WAIT_S, Figures, typical, typical_times
 from mcp_vllm.split.plan.request import MeasureRequest
 from mcp_vllm.split.plan.shape import Work
 
@@ -144,11 +137,10 @@ def measure(request: MeasureRequest) -> Figures:
     layers, rest = [], []
     measured = {work: timed for work, timed in engine.timed.items() if timed.rest}
     resuming = [each.resume_s for each in measured.values() if each.paused]
-    for work, timed in measured.items():
-        step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
-        rest.append(StepTime(**step, seconds=typical(timed.rest)))
-        for index, seconds in enumerate(typical_layers(timed.layers)):
-            layers.append(LayerTime(**step, first=index, end=index + 1, seconds=seconds))
+    for work, steps in measured.items():
+        times, beside = typical_times(work, steps.layers, steps.rest)
+        layers += times
+        rest.append(beside)
     return Figures(
         kind="engine",
         machine=machine_name(),

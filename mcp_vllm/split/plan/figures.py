@@ -145,6 +145,23 @@ def typical_layers(steps: Sequence[Sequence[float]]) -> list[float]:
     return [max(each * scale, _LEAST_S) for each in quickest]
 
 
+def typical_times(
+    work: Work, layers: Sequence[Sequence[float]], rest: Sequence[float], first: int = 0
+) -> tuple[list[LayerTime], StepTime]:
+    """What is typical of repeated steps: each layer's time, and that of all else.
+
+    Args:
+        layers: seconds [step][layer], from layer `first` on.
+        rest: seconds [step].
+    """
+    step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
+    times = [
+        LayerTime(**step, first=index, end=index + 1, seconds=seconds)
+        for index, seconds in enumerate(typical_layers(layers), first)
+    ]
+    return times, StepTime(**step, seconds=typical(rest))
+
+
 def read_figures(path: Path, flag: str) -> Figures:
     """Raises FiguresError."""
     try:

@@ -27,12 +27,10 @@ from mcp_vllm.split.plan.cost import Load
 from mcp_vllm.split.plan.figures import (
     WAIT_S,
     Figures,
-    LayerTime,
     LinkFigures,
-    StepTime,
     Transfer,
     typical,
-    typical_layers,
+    typical_times,
 )
 from mcp_vllm.split.plan.shape import ModelShape, Work
 from mcp_vllm.split.wire import (
@@ -231,10 +229,9 @@ class _Probe:
     def _figures(self) -> Figures:
         layers, rest = [], []
         for work, repeats in self._layers.items():
-            step = {"requests": work.requests, "tokens": work.tokens, "context": work.context}
-            rest.append(StepTime(**step, seconds=typical(self._rest[work])))
-            for index, seconds in enumerate(typical_layers(repeats), self._first):
-                layers.append(LayerTime(**step, first=index, end=index + 1, seconds=seconds))
+            times, beside = typical_times(work, repeats, self._rest[work], self._first)
+            layers += times
+            rest.append(beside)
         about = self._about
         return Figures.model_validate(
             {
